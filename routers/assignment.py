@@ -1,0 +1,136 @@
+"""Balanced linear assignment: T tokens to E experts, loads floor(T/E) or ceil(T/E), the sum of scores maximal.
+
+First prices bring the experts' argmax loads near balance (on the scores' device); then single tokens move along
+shortest paths between experts until the loads are exact (on the CPU). An assignment by argmax(score - price) is the
+best for the loads that it has, a shortest path keeps that true, and the value is M-concave in the loads, so the end
+is an optimum whatever the prices were; they only save time. It ends because every path lowers the imbalance, or
+raises the value.
+
+T tokens, E experts, c = floor(T/E)
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    expert: Tensor  # (T,) int64
+    value: float  # the sum of assigned scores
+    gap: float  # certified distance to the optimum: (bound - value) / (T * standard deviation of the scores)
+
+
+def balanced_assignment(scores: Tensor, price_steps: int = 10) -> Assignment:
+    """Assign each token once. scores (T, E) floating, any device. Raises ValueError if a score is not finite."""
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("balanced assignment needs finite scores; the run has diverged")
+    tokens, experts = scores.shape
+    if tokens == 0:
+        return Assignment(torch.zeros(0, dtype=torch.int64, device=scores.device), 0.0, 0.0)
+    prices = balancing_prices(scores, price_steps)
+    table = scores.double().cpu().numpy()
+    expert = _spread_ties(table - prices.double().cpu().numpy())
+    _balance(table, expert)
+    value = float(table[np.arange(tokens), expert].sum())
+    spread = float(table.std()) * tokens
+    excess = upper_bound(table, _final_prices(table, expert)) - value
+    gap = max(excess, 0.0) / spread if spread > 0 else 0.0
+    return Assignment(torch.from_numpy(expert).to(scores.device), value, gap)
+
+
+def upper_bound(scores: np.ndarray, prices: np.ndarray) -> float:
+    """No balanced assignment of scores (T, E) exceeds this, whatever the prices (E,): linear duality."""
+    tokens, experts = scores.shape
+    least, more = divmod(tokens, experts)
+    return float((scores - prices).max(1).sum() + least * prices.sum() + np.sort(prices)[experts - more :].sum())
+
+
+def balancing_prices(scores: Tensor, steps: int) -> Tensor:
+    """(E,) prices at which argmax(scores - prices) loads the experts nearly evenly.
+
+    Each step moves every price halfway to where its expert alone would have load c + 1/2: the margin by which
+    its last wanted token prefers it to the best of the others.
+    """
+    tokens, experts = scores.shape
+    prices = scores.new_zeros(experts)
+    if experts == 1 or tokens < experts:
+        return prices
+    wanted = tokens - tokens // experts  # kthvalue counts from the smallest
+    for _ in range(steps):
+        best, second = (scores - prices).topk(2, dim=1).values.unbind(1)
+        reduced = scores - prices
+        others = torch.where(reduced == best[:, None], second[:, None], best[:, None])
+        margin = reduced - others  # >= 0 where the token wants the expert
+        prices = prices + 0.5 * margin.kthvalue(wanted, dim=0).values
+    return prices
+
+
+def _spread_ties(reduced: np.ndarray) -> np.ndarray:
+    """(T,) argmax over experts; tokens with several equally good experts take them in turn."""
+    best = reduced.max(1, keepdims=True)
+    tied = reduced >= best - 1e-12 * max(float(np.abs(reduced).max()), 1e-300)
+    turn = np.arange(len(reduced)) % tied.sum(1) + 1
+    return (tied & (tied.cumsum(1) == turn[:, None])).argmax(1)
+
+
+def _balance(scores: np.ndarray, expert: np.ndarray) -> None:
+    """Move tokens along shortest paths until loads are floor or ceil of T/E and no exchange gains. Changes expert."""
+    tokens, experts = scores.shape
+    least, most = tokens // experts, -(-tokens // experts)
+    load = np.bincount(expert, minlength=experts)
+    cost = np.stack([_move_costs(scores, expert, j) for j in range(experts)])  # (E, E): the cheapest move j -> k
+    tolerance = 1e-12 * max(float(np.abs(scores).max()), 1e-300)
+    while True:
+        over, under = load > most, load < least
+        exact = not over.any() and not under.any()
+        length, step = _shortest(cost, over if over.any() else load > least, tolerance)
+        length = np.where(under if under.any() else load < most, length, np.inf)
+        last = int(length.argmin())
+        if exact and not length[last] < -tolerance:
+            return
+        while step[last] >= 0:
+            first = int(step[last])
+            members = np.flatnonzero(expert == first)
+            moved = members[(scores[members, first] - scores[members, last]).argmin()]
+            expert[moved] = last
+            load[first] -= 1
+            load[last] += 1
+            cost[first] = _move_costs(scores, expert, first)
+            cost[last] = _move_costs(scores, expert, last)
+            last = first
+
+
+def _move_costs(scores: np.ndarray, expert: np.ndarray, j: int) -> np.ndarray:
+    """(E,) the least loss of moving one token of expert j to each other expert; infinite if j has none."""
+    rows = scores[expert == j]
+    return (rows[:, j : j + 1] - rows).min(0) if len(rows) else np.full(scores.shape[1], np.inf)
+
+
+def _shortest(cost: np.ndarray, sources: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bellman-Ford over experts: (E,) path length from the nearest source, and the expert before, -1 at a source."""
+    length = np.where(sources, 0.0, np.inf)
+    before = np.full(len(cost), -1)
+    for _ in range(len(cost)):
+        through = length[:, None] + cost
+        nearest = through.argmin(0)
+        shorter = through[nearest, np.arange(len(cost))] < length - tolerance
+        if not shorter.any():
+            break
+        length = np.where(shorter, through[nearest, np.arange(len(cost))], length)
+        before = np.where(shorter, nearest, before)
+    return length, before
+
+
+def _final_prices(scores: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """(E,) prices that certify an optimal assignment: the lengths of shortest paths in its residual graph."""
+    experts = scores.shape[1]
+    load = np.bincount(expert, minlength=experts)
+    cost = np.stack([_move_costs(scores, expert, j) for j in range(experts)])
+    fuller = load > load.min()
+    cost[np.ix_(~fuller, fuller)] = np.minimum(cost[np.ix_(~fuller, fuller)], 0.0)  # spare places go to the dearest
+    prices = np.zeros(experts)
+    for _ in range(experts):
+        prices = np.minimum(prices, (cost + prices).min(1))
+    return prices

@@ -1,0 +1,55 @@
+"""BASE: balanced assignment in training, greedy in evaluation (Lewis et al., arXiv 2103.16716, sections 3.2 and 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import Tokens
+from routers.assignment import balanced_assignment
+from routers.routing import Router, Routing, Site, one_each
+
+
+class BalancedAssignment(Router):
+    """Training: maximise sum_t h_t . w_{a(t)} with equal loads over each routing group; evaluation: argmax. Weight
+    sigmoid(h_t . w_{a(t)}), so that x + weight * f(x) is the published mixture. No loss, no capacity.
+
+    Stands in the place of an FFN and reads its normed input, a deviation from the paper's inserted layer on the raw
+    residual stream. report: assignment_gap, the certified distance to the optimum. Raises ValueError if a score in
+    training is not finite.
+    """
+
+    trains_differently = True
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.centroids = nn.Parameter(torch.empty(site.num_experts, site.d_model))
+        with torch.no_grad():
+            nn.init.orthogonal_(self.centroids, gain=0.1, generator=site.generator("centroids"))
+        self.forward_flops = 2 * site.d_model * site.num_experts
+
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+            scores = hidden @ self.centroids.to(hidden.dtype).T  # (B, S, E)
+        report = {}
+        if self.training:
+            expert, report["assignment_gap"] = assign_groups(scores.detach(), tokens.real, self.site.routing_group)
+        else:
+            expert = scores.argmax(-1)
+        weight = scores.gather(-1, expert[..., None]).squeeze(-1).sigmoid()
+        return one_each(expert, weight * tokens.real, **report)
+
+
+@torch.compiler.disable
+def assign_groups(scores: Tensor, real: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Assign the real tokens of every `group` sequences on their own. scores (B, S, E), real (B, S).
+
+    Returns experts (B, S) int64, 0 on padding, and the largest certified gap of the groups.
+    """
+    expert = torch.zeros(real.shape, dtype=torch.int64, device=scores.device)
+    gaps = [0.0]
+    for first in range(0, len(real), group):
+        rows = slice(first, first + group)
+        solved = balanced_assignment(scores[rows][real[rows]])
+        expert[rows] = expert[rows].masked_scatter(real[rows], solved.expert)
+        gaps.append(solved.gap)
+    return expert, torch.tensor(max(gaps), device=scores.device)

@@ -1,0 +1,159 @@
+"""The one interface between routers and the model.
+
+B batch, S sequence, T = B*S tokens, D width, E experts, A assignments, V vocabulary
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import Tokens
+from data.randomness import generator
+
+
+class Routing(NamedTuple):
+    """Assignment a sends row token[a] to expert[a] and scales what comes back by weight[a].
+
+    A token may appear never, once or several times. Weight 0 means masked out (over capacity, or padding).
+    """
+
+    token: Tensor  # (A,) int64, row of the flattened (T, D) input
+    expert: Tensor  # (A,) int64 in [0, E)
+    weight: Tensor  # (A,) at least float32, >= 0
+    aux_loss: Tensor  # () at least float32, its coefficient already applied
+    report: dict[str, Tensor] = {}  # detached scalars only this router has (never changed in place)
+    fan_out: int | None = None  # N if token is arange(T) with each entry N times in a row; None if irregular
+
+
+class Plan(NamedTuple):
+    """What dispatch needs to move rows: assignments in order of their expert, and where each expert's group ends."""
+
+    order: Tensor  # (A,) int64, assignments sorted by expert, stable
+    inverse: Tensor  # (A,) int64, order[inverse] = arange(A)
+    offsets: Tensor  # (E,) int32, end of each expert's group in order
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a router stands and what it may know before training. Raises ValueError in routers that refuse it."""
+
+    layer: int
+    num_experts: int
+    d_model: int
+    vocab_size: int
+    token_counts: Tensor = field(repr=False)  # (V,) int64, training split
+    begin: int
+    end: int
+    routing_group: int  # sequences over which capacity, balancing losses and assignments are taken
+    seed: int
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator seeded by (seed, layer, name) alone."""
+        return generator(self.seed, "router", self.layer, name)
+
+
+class Router(nn.Module):
+    """Decides which expert sees which token. Two optional methods do nothing unless a method needs them.
+
+    Class attributes that a method may set: experts_per_token, the active experts of a token; forward_flops, the
+    router's matrix-product FLOPs per token in a forward pass; trains_differently, if a routing in training mode
+    is not the one of evaluation, so that both are evaluated.
+    """
+
+    experts_per_token: int = 1
+    forward_flops: int = 0
+    trains_differently: bool = False
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
+        """Route. hidden (B, S, D) is the expert layer's normed input."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")  # abstract
+
+    def plan(self, tokens: Tokens) -> Plan | None:
+        """For routers that need tokens alone: the plan, made with the batch and off the step's critical path."""
+        return None
+
+    def after_step(self, load: Tensor, progress: float) -> None:
+        """Once per optimizer step: load (E,) summed over the step's micro-batches, progress in [0, 1]."""
+
+
+def make_plan(expert: Tensor, num_experts: int) -> Plan:
+    """Sort assignments (A,) by expert, ties in order of assignment. No host sync."""
+    order = torch.argsort(expert, stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return Plan(order, inverse, count(expert, num_experts).cumsum(0).to(torch.int32))
+
+
+def count(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
+    """(E,) how many of the assignments (A,) go to each expert, or their summed weight. No host sync."""
+    weight = torch.ones_like(expert) if weight is None else weight
+    return torch.zeros(num_experts, dtype=weight.dtype, device=expert.device).scatter_add_(0, expert, weight)
+
+
+def one_each(expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, **report: Tensor) -> Routing:
+    """A routing of one expert a token. expert (B, S); weight (B, S), cast to at least float32."""
+    expert = expert.reshape(-1)
+    weight = weight.reshape(-1)
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    token = torch.arange(len(expert), device=expert.device)
+    return Routing(token, expert, weight, weight.new_zeros(()) if aux_loss is None else aux_loss, report, fan_out=1)
+
+
+def load_of(routing: Routing, num_experts: int) -> Tensor:
+    """(E,) int64, assignments that each expert serves: padding and what is over capacity left out."""
+    return count(routing.expert, num_experts, (routing.weight > 0).long())
+
+
+def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, Tensor]:
+    """The same figures for every router, from the routing alone. real (B, S) bool. Scalars, detached, no host sync.
+
+    max_over_mean: fullest expert over the mean load. entropy: of the loads, as a share of log E. dropped: share of
+    real tokens' assignments with weight 0. unused: experts without a token. aux_loss: as added to the loss.
+    """
+    load = load_of(routing, num_experts).double()
+    served = load.sum().clamp(min=1)
+    share = load / served
+    assigned = real.reshape(-1).index_select(0, routing.token).sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum() / max(torch.tensor(num_experts).log().item(), 1e-30)
+    metrics = {
+        "max_over_mean": load.max() * num_experts / served,
+        "entropy": entropy if num_experts > 1 else torch.ones_like(entropy),
+        "dropped": 1 - load.sum() / assigned,
+        "unused": (load == 0).sum(),
+        "aux_loss": routing.aux_loss.detach(),
+    }
+    return metrics | routing.report
+
+
+def joined(routings: list[Routing], num_tokens: int) -> Routing:
+    """The routing of a step from those of its micro-batches of num_tokens each, detached. aux_loss and report: means."""
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return torch.stack([value.detach().double() for value in values]).mean()
+
+    return Routing(
+        torch.cat([r.token + i * num_tokens for i, r in enumerate(routings)]),
+        torch.cat([r.expert for r in routings]),
+        torch.cat([r.weight.detach() for r in routings]),
+        mean([r.aux_loss for r in routings]),
+        {name: mean([r.report[name] for r in routings]) for name in routings[0].report},
+        routings[0].fan_out,
+    )
+
+
+def check(routing: Routing, num_tokens: int, num_experts: int) -> None:
+    """Assert the invariants of a routing over T tokens. For tests and certificates: it waits for the device."""
+    token, expert, weight = routing.token, routing.expert, routing.weight
+    assert token.shape == expert.shape == weight.shape and token.dim() == 1
+    assert token.dtype == expert.dtype == torch.int64
+    assert weight.dtype in (torch.float32, torch.float64) and routing.aux_loss.dtype in (torch.float32, torch.float64)
+    assert bool(((token >= 0) & (token < num_tokens)).all()) and bool(((expert >= 0) & (expert < num_experts)).all())
+    assert bool((weight >= 0).all()) and bool(torch.isfinite(weight).all()) and routing.aux_loss.dim() == 0
+    if routing.fan_out is not None:
+        expected = torch.arange(num_tokens, device=token.device).repeat_interleave(routing.fan_out)
+        assert torch.equal(token, expected), "fan_out promises each token fan_out times in a row"

@@ -1,0 +1,146 @@
+import gzip
+import json
+import lzma
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from data.corpora import SPLITS, StandardLibrary, TextFiles
+
+
+def text_files(files, **options) -> TextFiles:
+    defaults = dict.fromkeys(("validation_files", "test_files", "document_start"))
+    shares = {"validation_share": 0.0, "test_share": 0.0, "text_field": "text"}
+    return TextFiles(files, **{**defaults, **shares, **options})
+
+
+def train(*args, **options) -> list[str]:
+    return list(text_files(*args, **options).documents("train"))
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 2, 0):
+        write(tmp_path / f"train.{number}.txt", f"part {number}")
+    assert train(str(tmp_path / "*.txt")) == ["part 0", "part 2", "part 10"]
+
+
+def test_plain_packed_and_jsonl_files_give_the_same_documents(tmp_path):
+    text, lines = "naïve\r\n  text\n", json.dumps({"text": "naïve\r\n  text\n", "id": 1}) + "\n\n"
+    packers = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+    for end, pack in packers.items():
+        assert train(write(tmp_path / f"a.txt{end}", pack(text.encode()))) == [text]
+        assert train(write(tmp_path / f"a.jsonl{end}", pack(lines.encode()))) == [text]
+    assert train(write(tmp_path / "a.jsonl.txt", lines)) == [lines]
+
+
+def test_a_list_of_globs_takes_each_file_once(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "b" / "1.txt", "one")
+    write(tmp_path / "a" / "2.txt", "two")
+    write(tmp_path / "odd [name].txt", "odd")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train(["~/a/**/*.txt", "~/a/2.txt", "~/a/b/../2.txt"]) == ["two", "one"]
+    assert train("~/odd [name].txt") == ["odd"]
+
+
+def test_a_document_begins_at_each_line_that_matches(tmp_path):
+    articles = ["= A =\n\n= = Part = =\nx = 1\n", "= B =\r\ny\r\n", "= C ="]
+    path = write(tmp_path / "a.txt", "".join(articles))
+    assert train(path, document_start="^= [^=].* =$") == articles
+    assert train(path) == ["".join(articles)]
+
+
+def test_held_out_documents_come_from_their_own_files(tmp_path):
+    paths = [write(tmp_path / f"{split}.txt", split) for split in SPLITS]
+    corpus = text_files(paths[0], validation_files=paths[1], test_files=[paths[2]], validation_share=0.9)
+    assert {split: list(corpus.documents(split)) for split in SPLITS} == {split: [split] for split in SPLITS}
+
+
+def test_shares_divide_the_documents_without_overlap(tmp_path):
+    everything = [f"document {number}" for number in range(3000)]
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"body": text}) for text in everything))
+    corpus = text_files(path, validation_share=0.1, test_share=0.2, text_field="body")
+    splits = {split: list(corpus.documents(split)) for split in SPLITS}
+    assert sorted(sum(splits.values(), [])) == sorted(everything)
+    # Binomial: standard deviations 16 and 22, so these bounds are five of them wide.
+    assert abs(len(splits["validation"]) - 300) < 80 and abs(len(splits["test"]) - 600) < 110
+    assert splits == {split: list(corpus.documents(split)) for split in SPLITS}
+
+
+def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
+    first = write(tmp_path / "a.txt", "some text")
+    moved = shutil.copy(first, tmp_path / "elsewhere.txt")
+    base = text_files(first).digest()
+    assert text_files(moved).digest() == base
+    assert text_files(write(tmp_path / "b.txt", "some texT")).digest() != base
+    assert text_files(shutil.copy(first, tmp_path / "a.jsonl")).digest() != base
+    options = {"validation_share": 0.1, "test_share": 0.1, "document_start": "x", "test_files": moved}
+    digests = [text_files(first, **{name: value}).digest() for name, value in options.items()]
+    assert len({base, *digests}) == 1 + len(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b"fine\nb\xffd\n", {}, r"a\.txt, line 2: not UTF-8: invalid start byte at byte 1"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], {}, r"a\.txt\.gz, after line \d: damaged \.gz file"),
+        ("a.txt.gz", b"not packed", {}, r"a\.txt\.gz, after line 0: damaged \.gz file"),
+        ("a.txt.xz", lzma.compress(b"text" * 99)[:-20], {}, r"a\.txt\.xz, after line \d: damaged \.xz file"),
+        ("a.txt.xz", b"not packed", {}, r"a\.txt\.xz, after line 0: damaged \.xz file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 1}\n', {}, r"a\.jsonl, line 2: must be a JSON object"),
+        ("a.jsonl", b'{"body": "x"}\n', {}, r"a\.jsonl, line 1: must be .* with a string 'text'"),
+        ("a.jsonl", b'["text"]\n', {}, r"a\.jsonl, line 1: must be a JSON object"),
+        ("a.jsonl", b'\n{"text": \n', {}, r"a\.jsonl, line 2: must be a JSON object"),
+        ("a.jsonl", b"[" * 100_000, {}, r"a\.jsonl, line 1: must be a JSON object"),
+        ("a.jsonl", rb'{"text": "\ud800"}', {}, r"a\.jsonl, line 1: must be .* UnicodeEncodeError"),
+        ("a.txt", b"x", {"document_start": "("}, r"document_start='\(' is no regular expression"),
+        ("a.txt", b"x", {"validation_share": 1.0}, "validation_share=1.0 and test_share=0.0 must be"),
+        ("a.txt", b"x", {"test_share": float("nan")}, "validation_share=0.0 and test_share=nan must be"),
+        ("a.txt", b"x", {"test_share": "much"}, "validation_share=0.0 and test_share='much' must be"),
+        ("a.txt", b"x", {"test_files": "nowhere/*.txt"}, r"no file matches 'nowhere/\*\.txt'"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_place(tmp_path, name, content, options, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        train(path, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_in_two_splits_is_refused(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, name)
+    with pytest.raises(ValueError, match=r"b\.txt is named in two splits, train and test"):
+        text_files(str(tmp_path / "*.txt"), test_files=str(tmp_path / "." / "b.txt"))
+
+
+def test_the_standard_library_is_source_text_that_people_wrote(tmp_path, monkeypatch):
+    kept = {"argparse.py", "json/decoder.py", "unittest/case.py", "html/parser.py", "testing.py"}
+    left_out = {"test/test_os.py", "ctypes/test/a.py", "idlelib/idle_test/a.py", "site-packages/torch/a.py"}
+    left_out |= {"encodings/cp037.py", "pydoc_data/topics.py", "html/entities.py", "_sysconfigdata__linux.py"}
+    left_out |= {"__pycache__/a.py", "lib-dynload/a.py", "config-3.11-x86/a.py", "stringprep.py", "notes.txt"}
+    for name in kept | left_out:
+        write(tmp_path / name, name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(StandardLibrary(0.0, 0.0).documents("train")) == sorted(kept)
+
+
+def test_the_real_standard_library_has_each_file_in_one_split():
+    corpus = StandardLibrary(0.03, 0.03)
+    sizes = {split: len(list(corpus.documents(split))) for split in SPLITS}
+    assert sum(sizes.values()) == len(corpus.files) and sizes["train"] > 300
+    assert min(sizes.values()) > 0
+    assert corpus.digest() == StandardLibrary(0.03, 0.03).digest() != StandardLibrary(0.02, 0.03).digest()
+
+
+def test_a_standard_library_without_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="holds no source text"):
+        StandardLibrary(0.1, 0.1)

@@ -1,0 +1,235 @@
+"""The queue, with real processes. As a script, with FOLDER SLOTS BEHAVIOUR..., this file is the launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from sweeps.display import Display
+from sweeps.job import Job, duration
+from sweeps.job_queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED_BY = os.getpid()
+BAD = {
+    "raise": "failed with exit status 1",
+    "exit": "failed with exit status 3",
+    "os_exit": "failed with exit status 4",
+    "kill": "killed by SIGKILL",
+    "segfault": "killed by SIGSEGV",
+    "interrupted": "interrupted",
+    "diverge": "diverged at step 7",
+}
+
+
+def behave(cfg: DictConfig) -> int:
+    """Stands in for training.job.run: notes its circumstances, then does what the config says."""
+    folder = Path(cfg.folder)
+    environment = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    facts = {"pid": os.getpid(), "began": time.time(), "forked_from_importer": os.getppid() == IMPORTED_BY}
+    print("this is", cfg.behaviour)
+    (folder / "facts.json").write_text(json.dumps(facts | environment))
+    match cfg.behaviour:
+        case "raise":
+            (folder / "error.txt").write_text("Traceback ...\nRuntimeError: boom\n")
+            raise RuntimeError("boom")
+        case "exit":
+            sys.exit(3)
+        case "os_exit":
+            os._exit(4)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "interrupted":
+            return 75
+        case "diverge":
+            (folder / "result.json").write_text('{"outcome": "diverged", "step": 7}')
+            return 1
+        case "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        case "save":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+            subprocess.Popen(["sleep", "600"])  # a service that outlives its job unless it is ended
+            time.sleep(600)
+    time.sleep(0.2)
+    (folder / "result.json").write_text(
+        '{"outcome": "finished", "val/ce": 5.307, "tokens_per_second": 31400.0}'
+    )
+    (folder / "facts.json").write_text(json.dumps(facts | environment | {"ended": time.time()}))
+    return 0
+
+
+def make_jobs(folder: Path, behaviours: list[str]) -> list[Job]:
+    """Jobs in folders 0-ok, 1-raise, ...; those that have a result are finished."""
+    paths = [folder / f"{index}-{behaviour}" for index, behaviour in enumerate(behaviours)]
+    return [
+        Job(
+            path,
+            OmegaConf.to_yaml({"folder": str(path), "behaviour": behaviour}),
+            0 if (path / "result.json").exists() else None,
+        )
+        for path, behaviour in zip(paths, behaviours)
+    ]
+
+
+def command(folder: Path, slots: int, *behaviours: str) -> list[str]:
+    return [sys.executable, __file__, str(folder), str(slots), *behaviours]
+
+
+def call(folder: Path, slots: int, *behaviours: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command(folder, slots, *behaviours),
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def facts(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/facts.json"))]
+
+
+def alive(marker: str) -> list[int]:
+    """Processes that have inherited the marker in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # gone in between, or not ours
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_a_job_that_fails_harms_no_other_in_any_position(tmp_path, first):
+    bad = [*BAD][first:] + [*BAD][:first]
+    behaviours = ["ok", *bad, "ok"] if first else [*bad, "ok", "ok"]
+    done = call(tmp_path, 2, *behaviours)
+    assert done.returncode == 1 and done.stderr == ""
+    for index, behaviour in enumerate(behaviours):
+        outcome = BAD.get(behaviour, "finished")
+        assert f"{index}-{behaviour} {outcome}" in done.stdout
+    assert "2 of 9 jobs are finished" in done.stdout
+    for index, behaviour in enumerate(behaviours):
+        if behaviour in BAD:
+            assert f"{index}-{behaviour} {BAD[behaviour]}" in done.stdout.split("2 of 9 jobs")[1]
+            assert str(tmp_path / f"{index}-{behaviour}" / "console.log") in done.stdout
+    assert "RuntimeError: boom" in done.stdout
+    assert "validation ce 5.31, 31.4k tokens/s" in done.stdout
+
+
+def test_finished_jobs_are_skipped_and_the_others_made(tmp_path):
+    assert call(tmp_path, 1, "ok", "exit").returncode == 1
+    before = facts(tmp_path)
+    again = call(tmp_path, 1, "ok", "exit", "ok")
+    assert "1 of 3 jobs are finished already: skipped" in again.stdout and "0-ok" not in again.stdout
+    assert facts(tmp_path)[0] == before[0] and facts(tmp_path)[1] != before[1]
+    assert (tmp_path / "1-exit" / "console.log").read_text() == "this is exit\n" * 2
+    only = call(tmp_path, 1, "ok")
+    assert only.returncode == 0 and "started" not in only.stdout
+
+
+def test_jobs_are_fresh_processes_forked_from_one_that_has_imported_the_target(tmp_path):
+    assert call(tmp_path, 1, "ok", "ok").returncode == 0
+    one, other = facts(tmp_path)
+    assert one["pid"] != other["pid"] and one["forked_from_importer"] and other["forked_from_importer"]
+    assert one["ended"] <= other["began"]
+
+
+def test_a_slot_has_one_job_at_a_time_and_its_own_environment(tmp_path):
+    assert call(tmp_path, 2, "ok", "ok", "ok", "ok").returncode == 0
+    by_slot = {
+        slot: [each for each in facts(tmp_path) if each["CUDA_VISIBLE_DEVICES"] == slot]
+        for slot in ("0", "1")
+    }
+    assert sum(map(len, by_slot.values())) == 4 and all(by_slot.values())
+    for mine in by_slot.values():
+        mine.sort(key=lambda each: each["began"])
+        assert all(earlier["ended"] <= later["began"] for earlier, later in zip(mine, mine[1:]))
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {each["OMP_NUM_THREADS"] for each in facts(tmp_path)} == {str(threads)}
+
+
+def test_a_job_beyond_its_time_is_killed_and_the_next_one_runs(tmp_path):
+    done = call(tmp_path, 1, "limit=2", "hang", "ok")
+    assert done.returncode == 1
+    assert "0-hang stopped at its time limit" in done.stdout and "1-ok finished" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_launcher_leaves_no_process_behind(tmp_path, number):
+    marker = f"QUEUE_TEST={tmp_path}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "QUEUE_TEST": str(tmp_path)}
+    arguments = command(tmp_path, 2, "save", "hang", "ok")
+    launcher = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: len(facts_written(tmp_path)) == 2)
+    time.sleep(0.5)
+    assert len(alive(marker)) >= 5  # launcher, fork server, two jobs, a service
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=60)
+    wait_until(lambda: not alive(marker))
+    assert not (tmp_path / "2-ok" / "facts.json").exists()
+    if number != signal.SIGKILL:
+        assert launcher.returncode == 128 + number
+        assert "0-save interrupted" in output and "The same command again" in output
+
+
+def facts_written(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*/facts.json") if path.stat().st_size]
+
+
+def test_progress_is_the_last_complete_training_line(tmp_path):
+    job = Job(tmp_path, "")
+    assert job.progress() == {} and job.to_go() is None
+    line = {"step": 50, "steps": 200, "tokens": 100_000, "train/ce": 6.25, "tokens_per_second": 20_000.0}
+    lines = [
+        json.dumps(line | {"step": 40}),
+        json.dumps(line),
+        '{"step": 50, "val/ce": 6.0}',
+        '{"step": 60, "train/c',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert job.progress() == line
+    assert job.to_go() == 15.0  # 300,000 tokens at 20,000 a second
+    job.began = time.time()
+    assert "step 50/200, ce 6.25, 20.0k tokens/s, 15 s to go" in Display([job], 1).line(job)
+
+
+def test_time_to_go_counts_the_jobs_left_at_the_pace_of_those_finished(tmp_path):
+    ended, running, left = (Job(tmp_path / name, "") for name in "abc")
+    ended.process = running.process = object()  # type: ignore[assignment]
+    ended.status, ended.seconds, running.began = 0, 30.0, time.time() - 10
+    assert Display([ended, running, left], 1).to_go([running], 1) == pytest.approx(50, abs=1)
+    assert [duration(seconds) for seconds in (14.2, 180, 7500)] == ["14 s", "3 min", "2 h 05 min"]
+
+
+if __name__ == "__main__":
+    folder, slots, *behaviours = sys.argv[1:]
+    limit = float("inf")
+    if behaviours[0].startswith("limit="):
+        limit = float(behaviours.pop(0).removeprefix("limit="))
+    environments = [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(int(slots))]
+    queue = Queue(
+        make_jobs(Path(folder), behaviours), environments, "tests.test_local_queue:behave", (), 1.0, limit
+    )
+    fine = queue.run()
+    sys.exit(0 if fine else 128 + queue.signals[0] if queue.signals else 1)

@@ -1,0 +1,318 @@
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data.prepare
+import data.tokenizer
+from data.corpora import SPLITS, TextFiles
+from data.prepare import Prepared, open_prepared, prepare
+from data.tokenizer import BEGIN, END, cut, decode, encode, load_tokenizer, sample_evenly, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "naïve",
+    "tokens",
+    "to",
+    "東京",
+    "experts",
+    "<|end|>",
+    "😀",
+    "x=1;\n",
+    "\r\n",
+]
+
+
+def prose(seed: int, words: int) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture
+def corpus(tmp_path) -> TextFiles:
+    for seed, split in enumerate(SPLITS):
+        documents = [prose(seed * 100 + index, 50) for index in range(20)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in [*documents, "", " \n"])
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    return open_corpus(tmp_path)
+
+
+def open_corpus(folder: Path) -> TextFiles:
+    train, validation, test = (str(folder / f"{split}.jsonl") for split in SPLITS)
+    return TextFiles(train, validation, test, 0.0, 0.0, None, "text")
+
+
+def write_documents(folder: Path, **splits: list[str]) -> TextFiles:
+    for split in SPLITS:
+        lines = [json.dumps({"text": text}) for text in splits[split]]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return open_corpus(folder)
+
+
+def same_bytes(first: Prepared, second: Prepared) -> bool:
+    names = data.prepare.FILES
+    return all((first.folder / name).read_bytes() == (second.folder / name).read_bytes() for name in names)
+
+
+def test_the_stream_is_every_document_followed_by_the_end_id(corpus, tmp_path):
+    prepared = prepare(corpus, 300, tmp_path / "cache")
+    tokenizer = load_tokenizer(prepared.folder)
+    for split in SPLITS:
+        ids = prepared.tokens[split].tolist()
+        ends = [place for place, token in enumerate(ids) if token == END]
+        assert ends[-1] == len(ids) - 1 and BEGIN not in ids
+        starts = [0, *(end + 1 for end in ends)]
+        documents = [decode(tokenizer, ids[a:b]) for a, b in zip(starts, ends, strict=False)]
+        texts = [text for text in corpus.documents(split) if text.strip()]
+        assert documents == texts
+        assert ids == [token for text in texts for token in [*encode(tokenizer, text), END]]
+
+
+def test_figures_are_those_of_hand_arithmetic(tmp_path):
+    # 258 entries are the bytes and the two special ids, so a token is a byte.
+    corpus = write_documents(tmp_path, train=["ab", "", "b"], validation=["abab"], test=["é"])
+    prepared = prepare(corpus, 258, tmp_path / "cache")
+    a, b = encode(load_tokenizer(prepared.folder), "ab")
+    assert prepared.tokens["train"].tolist() == [a, b, END, b, END]
+    expected = torch.zeros(258, dtype=torch.int64)
+    expected[a], expected[b], expected[END] = 1, 2, 2
+    assert torch.equal(prepared.token_counts, expected)
+    entropy = -2 * 0.4 * math.log(0.4) - 0.2 * math.log(0.2)
+    figures = {"documents": 1, "tokens": 5, "bytes": 4, "unigram_entropy": pytest.approx(entropy, abs=1e-12)}
+    assert prepared.splits["validation"] == figures
+    assert prepared.splits["test"]["bytes"] == 2 and prepared.splits["test"]["tokens"] == 3
+
+
+def test_text_survives_encoding_and_never_becomes_a_special_id(corpus, tmp_path):
+    tokenizer = load_tokenizer(prepare(corpus, 300, tmp_path / "cache").folder)
+    draw = random.Random(0)
+    texts = ["", "<|end|>", " <|begin|><|end|>\x00", "\r\n\t  x", "".join(map(chr, range(0x300)))]
+    texts += [
+        "".join(chr(draw.choice([32, 10, draw.randrange(0xD800)])) for _ in range(200)) for _ in range(50)
+    ]
+    for text in texts:
+        ids = encode(tokenizer, text)
+        assert decode(tokenizer, ids) == text
+        assert not {END, BEGIN} & set(ids)
+    assert [tokenizer.token_to_id(name) for name in ("<|end|>", "<|begin|>")] == [END, BEGIN]
+
+
+def test_long_documents_encode_in_pieces_as_they_do_whole(monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "PIECE", 16)
+    tokenizer = train_tokenizer([prose(0, 2000)], 300)
+    draw = random.Random(1)
+    for seed in range(100):
+        text = "".join(
+            draw.choice(["", " ", "  ", "\n", "\t", "'s"]) + word for word in prose(seed, 40).split(" ")
+        )
+        text = text.replace("<|end|>", "< |")  # leave no run of 16 characters without a space to cut at
+        pieces = list(cut(text))
+        assert "".join(pieces) == text and max(map(len, pieces)) <= 32
+        if all(piece[0] in " \n" for piece in pieces[1:]):
+            assert [token for piece in pieces for token in encode(tokenizer, piece)] == encode(
+                tokenizer, text
+            )
+    assert list(cut("x" * 40)) == ["x" * 32, "x" * 8] and list(cut("")) == []
+
+
+def test_pieces_and_batches_leave_no_mark_in_the_stream(corpus, tmp_path, monkeypatch):
+    whole = prepare(corpus, 300, tmp_path / "whole")
+    monkeypatch.setattr(data.prepare, "BATCH", 100)
+    assert same_bytes(prepare(corpus, 300, tmp_path / "batches"), whole)
+
+
+def test_the_tokenizer_sees_an_even_sample_within_its_limit():
+    texts = [f"{number:04d}" for number in range(1000)]
+    assert sample_evenly(texts, 4000) == texts
+    assert sample_evenly(texts, 3999) == texts[::2]
+    assert sample_evenly(texts, 600) == texts[::8]
+    assert sample_evenly(["long"], 1) == ["long"]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
+def test_the_largest_id_fits_the_file_and_a_larger_one_is_refused(tmp_path, vocab_size, dtype):
+    def tokenizer(largest: int):
+        encodings = [SimpleNamespace(ids=[5, largest])]
+        return SimpleNamespace(
+            get_vocab_size=lambda: vocab_size, encode_batch_fast=lambda *_, **__: encodings
+        )
+
+    path = tmp_path / "train.npy"
+    figures, counts = data.prepare._write_split(path, ["text"], tokenizer(vocab_size - 1))  # type: ignore
+    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    assert ids.tolist() == [5, vocab_size - 1, END] and ids.dtype == dtype
+    assert figures["tokens"] == 3 and counts[vocab_size - 1] == 1
+    with pytest.raises(ValueError, match=f"gave id {vocab_size}, vocab_size is {vocab_size}"):
+        data.prepare._write_split(path, ["text"], tokenizer(vocab_size))  # type: ignore
+
+
+def test_ids_beyond_the_vocabulary_are_found_when_opened(corpus, tmp_path):
+    prepared = prepare(corpus, 300, tmp_path / "cache")
+    ids = np.load(prepared.folder / "test.npy")
+    ids[7] = 300
+    np.save(prepared.folder / "test.npy", ids)
+    data.prepare._write_meta(prepared.folder, 300, prepared.splits)  # sizes and digests agree again
+    with pytest.raises(ValueError, match=r"test\.npy does not hold the ids"):
+        open_prepared(prepared.folder)
+
+
+def test_what_is_prepared_is_opened_without_a_word_or_a_write(corpus, tmp_path):
+    said: list[str] = []
+    first = prepare(corpus, 300, tmp_path / "cache", said.append)
+    assert said[0].startswith("preparing the corpus") and "20 documents" in said[1]
+    said.clear()
+    stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    second = prepare(corpus, 300, tmp_path / "cache", said.append)
+    assert said == [] and second.fingerprint == first.fingerprint and second.splits == first.splits
+    assert stamps == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert not second.tokens["train"].flags.writeable
+
+
+def test_the_key_follows_everything_and_the_fingerprint_the_data(corpus, tmp_path, monkeypatch):
+    first = prepare(corpus, 300, tmp_path / "cache")
+    assert prepare(corpus, 301, tmp_path / "cache").fingerprint != first.fingerprint
+    monkeypatch.setattr(data.prepare.tokenizers, "__version__", "another")
+    other_code = prepare(corpus, 300, tmp_path / "cache")
+    assert other_code.folder != first.folder and other_code.fingerprint == first.fingerprint
+    source = tmp_path / "test.jsonl"
+    source.write_text(source.read_text().replace("router", "Router", 1))
+    changed = prepare(corpus, 300, tmp_path / "cache")
+    assert changed.folder != other_code.folder and changed.fingerprint != first.fingerprint
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [*data.prepare.FILES, "meta.json"])
+def test_a_damaged_cache_is_made_again_and_says_so(corpus, tmp_path, name):
+    good = prepare(corpus, 300, tmp_path / "good")
+    prepared = prepare(corpus, 300, tmp_path / "cache")
+    path = prepared.folder / name
+    size = path.stat().st_size
+    damages = [lambda place=place: flip(path, place) for place in (0, size // 2, size - 3)]
+    damages += [lambda: os.truncate(path, size // 2), lambda: os.truncate(path, 0), path.unlink]
+    for damage in damages:
+        damage()
+        said: list[str] = []
+        again = prepare(corpus, 300, tmp_path / "cache", said.append)
+        assert "is broken and is made again" in said[0] and "\n" not in said[0]
+        assert same_bytes(again, good) and again.fingerprint == good.fingerprint
+
+
+def start(script: str, folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+OPEN_CORPUS = """
+import os, signal, sys
+from pathlib import Path
+import data.prepare
+from data.corpora import TextFiles
+folder = Path(sys.argv[1])
+names = ("train", "validation", "test")
+corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text")
+"""
+
+PREPARE = f"""{OPEN_CORPUS}
+print("ready", flush=True)
+sys.stdin.readline()
+data.prepare.prepare(corpus, 300, folder / "cache")
+print(data.prepare.prepare(corpus, 300, folder / "cache").fingerprint)
+"""
+
+
+def test_processes_that_prepare_at_once_share_one_result(corpus, tmp_path):
+    processes = [start(PREPARE, tmp_path) for _ in range(4)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate()[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    good = prepare(corpus, 300, tmp_path / "alone")
+    assert {lines[-1] for lines in outputs} == {good.fingerprint}
+    assert sum("training a tokenizer" in line for lines in outputs for line in lines) == 1
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+# Every line said and every file synced is a moment to die at: 5 + 8 of them.
+KILL = f"""{OPEN_CORPUS}
+def dying_at(moment, action=lambda *_: None):
+    def step(*arguments):
+        global moments
+        moments += 1
+        if moments == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        action(*arguments)
+    return step
+
+sync = data.prepare._sync
+for moment in range(1, 15):
+    if (child := os.fork()) == 0:
+        moments = 0
+        data.prepare._sync = dying_at(moment, sync)
+        data.prepare.prepare(corpus, 300, folder / f"cache {{moment}}", dying_at(moment))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_preparer_that_is_killed_at_any_moment_is_repaired_by_the_next(corpus, tmp_path):
+    good = prepare(corpus, 300, tmp_path / "alone")
+    output, _ = start(KILL, tmp_path).communicate()
+    assert output.split() == ["-9"] * 13 + ["0"]
+    for moment in range(1, 14):
+        cache = tmp_path / f"cache {moment}"
+        assert same_bytes(prepare(corpus, 300, cache), good)
+        assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+
+
+def test_a_failure_leaves_no_half_made_cache(tmp_path):
+    corpus = write_documents(tmp_path, train=["ab"], validation=["ab"], test=["   "])
+    with pytest.raises(ValueError, match="the test split of the corpus is empty"):
+        prepare(corpus, 258, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_too_short_a_corpus_and_too_small_a_vocabulary_are_refused(corpus, tmp_path):
+    for size in (257, 0, "many"):
+        with pytest.raises(ValueError, match=f"vocab_size={size!r} must be at least 258"):
+            prepare(corpus, size, tmp_path / "cache")  # type: ignore
+    with pytest.raises(ValueError, match=r"vocab_size=9000: the training text is too short .* yields \d+"):
+        prepare(corpus, 9000, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(corpus, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot be prepared in .*Not a directory") as error:
+        prepare(corpus, 300, tmp_path / "file" / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path):
+    def say(line: str) -> None:
+        if "train:" in line:
+            (tmp_path / "test.jsonl").write_text('{"text": "changed"}')
+
+    with pytest.raises(ValueError, match="changed while it was being prepared"):
+        prepare(corpus, 300, tmp_path / "cache", say)

@@ -1,0 +1,290 @@
+"""The report: the right numbers, every run named, the same bytes again. Runs here are folders as training writes them."""
+
+import fcntl
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from analysis.figures import over_seeds
+from analysis.report import main, report
+from analysis.runs import read_metrics, read_study
+from analysis.tables import human
+
+ARMS = {"dense": 5.30, "hash_random": 5.25, "hash_balanced": 5.24, "switch": 5.29, "base": 5.26}
+UNIGRAM = 5.94
+
+
+def write_run(
+    runs: Path, arm: str, seed: int, ce: float, commit="a" * 40, dirty=None, fingerprint="data0", **result
+) -> Path:
+    """One finished run of 200 steps whose test loss is `ce`."""
+    folder = runs / f"{arm}-s{seed}-{abs(hash_of(arm, seed, commit, dirty, fingerprint, result)):08x}"
+    folder.mkdir(parents=True)
+    corpus = {"_target_": "data.corpora.StandardLibrary", "validation_share": 0.015, "test_share": 0.015}
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"arm": arm, "seed": seed, "data": {"corpus": corpus}})
+    )
+    provenance = {"git": {"commit": commit, "dirty": dirty}, "device": "Some CPU @ 2.00GHz"}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    lines = []
+    for step in range(0, 201, 20):
+        lines.append(
+            {"step": step, "steps": 200, "tokens": step * 2048, "train/ce": 6.0, "route/1/max_over_mean": 1.5}
+        )
+        value = ce - 0.01 + (math.log(1024) - ce) * math.exp(-step / 30)
+        lines.append({"step": step, "tokens": step * 2048, "val/ce": value})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = {
+        "outcome": "finished",
+        "step": 200,
+        "tokens": 409600,
+        "seconds": 12.1,
+        "data_fingerprint": fingerprint,
+    }
+    figures |= {"val/unigram_entropy": UNIGRAM, "tokens_per_second": 30000.0 + seed}
+    figures |= {"parameters/active": 745000, "parameters/total": 745000 if arm == "dense" else 1234567}
+    for split, loss in (("val", ce - 0.01), ("test", ce)):
+        figures |= {f"{split}/ce": loss, f"{split}/perplexity": math.exp(loss)}
+    (folder / "result.json").write_text(json.dumps(figures | result))
+    return folder
+
+
+def hash_of(*parts) -> int:
+    """An id for a folder, the same in every process."""
+    return sum(ord(letter) * 31**i for i, letter in enumerate(repr(parts))) % 2**32
+
+
+def write_sweep(runs: Path, folders, name="quickstart") -> None:
+    record = {"sweep": name, "scale": "smoke", "command": ["run.py", "-m", f"sweeps={name}"]}
+    (runs / "sweeps").mkdir(parents=True, exist_ok=True)
+    (runs / "sweeps" / f"{name}.json").write_text(
+        json.dumps(record | {"runs": [Path(each).name for each in folders]})
+    )
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Five arms, three seeds, all finished; the seed moves all arms by 0.1, the pairs differ by a little."""
+    runs = tmp_path / "runs"
+    wobble = [0.0, 0.01, -0.01]
+    folders = [
+        write_run(runs, arm, seed, ce + 0.1 * seed + (wobble[seed] if arm == "switch" else 0))
+        for arm, ce in ARMS.items()
+        for seed in range(3)
+    ]
+    write_sweep(runs, folders)
+    return runs
+
+
+def table_of(tmp_path, name="quickstart") -> pd.DataFrame:
+    return pd.read_csv(tmp_path / "results" / "smoke" / name / "table.csv").set_index("arm")
+
+
+def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
+    printed = report("quickstart", whole, tmp_path / "results")
+    frame = table_of(tmp_path)
+    assert list(frame.index) == list(ARMS)
+    perplexities = [math.exp(5.30 + 0.1 * seed) for seed in range(3)]
+    assert frame.loc["dense", "test_perplexity"] == pytest.approx(sum(perplexities) / 3)
+    assert frame.loc["dense", "below_unigram"] == pytest.approx(UNIGRAM - (5.30 + 0.1 - 0.01))
+    assert frame.loc["hash_random", "difference_mean"] == pytest.approx(-0.05)
+    assert frame.loc["switch", "difference_mean"] == pytest.approx(-0.01)
+    # differences -0.01, 0.00, -0.02: deviation 0.01, reach 4.302653 * 0.01 / sqrt(3) = 0.024841
+    assert frame.loc["switch", "difference_high"] == pytest.approx(-0.01 + 0.024841, abs=1e-6)
+    assert "Switch" in printed and "-0.010 [-0.035, +0.015] †" in printed
+    assert "† not separated from Dense at n = 3: Switch" in printed
+    assert "all 15 runs of the sweep are counted" in printed
+    assert (
+        "Python's standard library · scale smoke · 200 steps of 2,048 tokens · seeds 0, 1, 2 · Some CPU @ 2.00GHz"
+        in printed
+    )
+
+
+def test_no_printed_line_is_wider_than_a_terminal_of_150_columns(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert max(len(line) for line in report("quickstart", Path("runs"), Path("results")).splitlines()) <= 150
+
+
+def test_it_says_where_things_are_and_what_to_try_next(whole, tmp_path):
+    printed = report("quickstart", whole, tmp_path / "results")
+    best = next(whole.glob("hash_balanced-s0-*"))
+    assert f"-m training.sample {best}\n" in printed
+    assert len(printed[printed.index("what to try next") :].splitlines()) == 7
+    for name in ("table.md", "table.csv", "runs.csv", "figure.png", "figure.pdf"):
+        assert (tmp_path / "results" / "smoke" / "quickstart" / name).stat().st_size > 0
+
+
+def test_made_again_every_file_is_the_same_bytes(whole, tmp_path):
+    report("quickstart", whole, tmp_path / "one")
+    command = [
+        sys.executable,
+        "-m",
+        "analysis.report",
+        "quickstart",
+        "--runs",
+        whole,
+        "--results",
+        tmp_path / "two",
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    folders = [tmp_path / each / "smoke" / "quickstart" for each in ("one", "two")]
+    one, two = ({path.name: path.read_bytes() for path in sorted(folder.iterdir())} for folder in folders)
+    assert len(one) == 5
+    assert one == two
+    assert str(tmp_path).encode() not in b"".join(one.values())
+
+
+def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
+    runs = tmp_path / "runs"
+    good = [
+        write_run(runs, arm, seed, ARMS[arm] + 0.1 * seed) for arm in ("dense", "switch") for seed in range(3)
+    ]
+    diverged = write_run(runs, "dense", 3, 90.0, outcome="diverged", step=40, tokens=81920)
+    nan = write_run(runs, "dense", 4, math.nan)
+    bad = {
+        "other commit": [
+            write_run(runs, "switch", 3, 90.0, commit="b" * 40),
+            write_run(runs, "switch", 4, 90.0, dirty="c0ffee"),
+        ],
+        "other data": [write_run(runs, "switch", 5, 90.0, fingerprint="data1")],
+        "other token budget": [write_run(runs, "switch", 6, 90.0, tokens=999, step=7)],
+        "repeated": [write_run(runs, "switch", 0, 90.0, train_seconds=1)],
+        "diverged": [diverged, nan],
+        "missing": [runs / "switch-s7-00000007"],
+        "failed": [write_run(runs, "switch", 8, 90.0)],
+        "stopped": [write_run(runs, "switch", 9, 90.0)],
+        "unreadable": [write_run(runs, "switch", 10, 90.0)],
+        "running": [write_run(runs, "switch", 11, 90.0)],
+    }
+    for outcome in ("failed", "stopped", "running"):
+        (bad[outcome][0] / "result.json").unlink()
+        (bad[outcome][0] / "lock").touch()
+    (bad["failed"][0] / "error.txt").write_text(
+        "Traceback (most recent call last):\n  ...\nRuntimeError: out of memory\n"
+    )
+    (bad["unreadable"][0] / "result.json").write_text('{"outcome": "fini')
+    write_sweep(runs, [*good, *[folder for folders in bad.values() for folder in folders]])
+    with (bad["running"][0] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = report("quickstart", runs, tmp_path / "results")
+
+    frame = table_of(tmp_path)
+    assert list(frame["n"]) == [3, 3] and list(frame["diverged"]) == [2, 0]
+    assert frame["test_perplexity"].max() < 300
+    assert "3 of 5" in printed and "2 diverged" in printed
+    assert "12 of 18 runs are in no mean:" in printed
+    listed = pd.read_csv(tmp_path / "results" / "smoke" / "quickstart" / "runs.csv").set_index("id")
+    for outcome, folders in bad.items():
+        assert f"{len(folders)} {outcome}: {folders[0].name}" in printed
+        for folder in folders:
+            assert folder.name in printed
+            assert listed.loc[folder.name, "outcome"] == outcome
+    assert list(listed.index[listed["counted"]]) == [folder.name for folder in good]
+    assert "RuntimeError: out of memory" in printed and "at step 200" in printed
+
+
+def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path):
+    runs = tmp_path / "runs"
+    folders = [write_run(runs, "dense", seed, 5.3) for seed in (0, 1)]
+    folders += [write_run(runs, "new_idea", seed, 5.2 + 0.001 * seed) for seed in (0, 1, 2)]
+    write_sweep(runs, folders)
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert table_of(tmp_path).loc["new_idea", ["n", "difference_pairs"]].tolist() == [3, 2]
+    assert "(2 pairs)" in printed and "new idea" in printed
+
+
+def test_one_seed_gives_a_table_without_deviations(tmp_path):
+    runs = tmp_path / "runs"
+    write_sweep(runs, [write_run(runs, arm, 0, ce) for arm, ce in ARMS.items()])
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert "±" not in printed.split("params:")[0] and "-0.050" in printed and "[-" not in printed
+    assert "one pair has no interval" in printed
+
+
+def test_a_cut_last_line_and_repeated_steps_change_nothing(whole):
+    before = read_study("quickstart", whole).curves
+    metrics = next(whole.glob("switch-s1-*")) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(
+        json.dumps({"step": 40, "val/ce": 99.0, "tokens": 81920})
+        + "\n"
+        + "".join(lines)
+        + '{"step": 220, "val/c'
+    )
+    pd.testing.assert_frame_equal(
+        read_study("quickstart", whole).curves.reset_index(drop=True), before.reset_index(drop=True)
+    )
+
+
+def test_a_file_of_metrics_that_is_damaged_in_its_middle_makes_its_run_unreadable(whole):
+    metrics = next(whole.glob("switch-s1-*")) / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "val/ce": 7' + metrics.read_text())
+    damaged = read_study("quickstart", whole).runs.set_index("id").loc[metrics.parent.name]
+    assert damaged["outcome"] == "unreadable" and "metrics.jsonl" in damaged["why"]
+
+
+def test_a_curve_is_over_points_that_all_seeds_have():
+    points = [(0, 0), (0, 10), (0, 20), (1, 0), (1, 20)]
+    losses = pd.Series(
+        [7.0, 6.5, 6.0, 7.0, 5.0], index=pd.MultiIndex.from_tuples(points, names=["seed", "tokens"])
+    )
+    curve = over_seeds(losses)
+    assert list(curve.index) == [0, 20]
+    assert curve["mean"].tolist() == [7.0, 5.5] and curve["deviation"].tolist() == pytest.approx(
+        [0, 0.5**0.5]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda runs: (runs / "sweeps" / "quickstart.json").unlink(), "no sweep called 'quickstart'"),
+        (
+            lambda runs: [path.unlink() for path in runs.glob("*/result.json")],
+            "no run of 'quickstart' has finished (15 stopped)",
+        ),
+        (lambda runs: write_sweep(runs, []), "must list names of folders"),
+    ],
+)
+def test_nothing_to_report_is_one_line_and_status_1(whole, tmp_path, spoil, says, monkeypatch, capsys):
+    spoil(whole)
+    monkeypatch.setattr(
+        sys, "argv", ["report", "quickstart", "--runs", str(whole), "--results", str(tmp_path / "results")]
+    )
+    assert main() == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1 and says in printed.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_record_that_points_out_of_the_folder_is_refused(whole, tmp_path):
+    record = whole / "sweeps" / "quickstart.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"runs": ["../runs"]}))
+    with pytest.raises(ValueError, match="must list names of folders"):
+        report("quickstart", whole, tmp_path / "results")
+
+
+def test_arms_of_several_sizes_under_one_name_are_refused(tmp_path):
+    runs = tmp_path / "runs"
+    write_sweep(
+        runs, [write_run(runs, "dense", seed, 5.3, **{"parameters/total": 7 + seed}) for seed in (0, 1)]
+    )
+    with pytest.raises(ValueError, match="differ in parameters/total"):
+        report("quickstart", runs, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999"), (1234567, "1.2M"), (745000, "745k"), (1.28e9, "1.3B"), (22e6, "22.0M")]
+)
+def test_counts_are_readable(count, text):
+    assert human(count) == text
+
+
+def test_metrics_of_a_run_that_has_written_none_are_empty(tmp_path):
+    assert read_metrics(tmp_path).empty

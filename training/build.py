@@ -1,0 +1,81 @@
+"""Settings -> router, model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from data.prepare import Prepared, prepare
+from data.tokenizer import BEGIN, END
+from models.dispatch import choose_path
+from models.transformer import Transformer
+from routers.routing import Plan, Router, Site
+from training.evaluation import Losses, token_losses
+from training.settings import Settings
+from training.targets import target
+
+
+def make_router(settings: Settings, layer: int, token_counts: Tensor) -> Router:
+    """The router of one layer. token_counts (V,) int64. Raises ValueError as the router does."""
+    router, options = target(settings.router)
+    site = Site(
+        layer=layer,
+        num_experts=settings.num_experts,
+        d_model=settings.model.d_model,
+        vocab_size=len(token_counts),
+        token_counts=token_counts,
+        begin=BEGIN,
+        end=END,
+        routing_group=settings.train.routing_group,
+        seed=settings.seed,
+    )
+    return router(site, **options)
+
+
+def make_model(settings: Settings, prepared: Prepared, device: torch.device) -> Transformer:
+    """The model with its first values, on the CPU, for training on this device. Raises ValueError as its parts do."""
+    experts, options = target(settings.experts)
+    model = settings.model
+    routed = settings.router["_target_"] is not None
+    return Transformer(
+        model,
+        prepared.vocab_size,
+        settings.data.sequence_length,
+        settings.num_experts,
+        (lambda layer: make_router(settings, layer, prepared.token_counts)) if routed else None,
+        lambda count: experts(count, model.d_model, model.d_ff, model.activation, **options),
+        settings.seed,
+        choose_path(model.dispatch, device, torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32),
+    )
+
+
+def precision(settings: Settings, device: torch.device) -> str:
+    """bf16 or float32: auto is bf16 on a GPU."""
+    wanted = settings.train.precision
+    return wanted if wanted != "auto" else "bf16" if device.type == "cuda" else "float32"
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """auto is the GPU if there is one."""
+    wanted = settings.device
+    return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compile_losses(settings: Settings, device: torch.device) -> Callable[..., Losses]:
+    """evaluation.token_losses in the run's precision, compiled if the run asks for it."""
+    compute = torch.compile(token_losses) if settings.train.compile else token_losses
+    lower = precision(settings, device) == "bf16"
+
+    def losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
+        with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+            return compute(model, batch, plans, mask_documents)
+
+    return losses
+
+
+def open_data(settings: Settings) -> Prepared:
+    """The run's data, prepared if need be. Raises ValueError for unusable data."""
+    corpus, options = target(settings.data.corpus)
+    return prepare(corpus(**options), settings.data.vocab_size, Path(settings.data.cache).expanduser())

@@ -1,0 +1,160 @@
+"""Checkpoints: new directories, complete or absent, and found to be damaged when they are.
+
+A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, state.json and a manifest of sizes
+and digests written last. Nothing else follows training: tables are buffers, and noise and order are functions of
+(seed, step), so there is no generator to save.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.prepare import Prepared
+from training.build import make_model, open_data
+from training.preflight import read
+from training.settings import Settings
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing, also after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(checkpoints: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write checkpoints/<step>/ and verify it, then drop the older ones. files: name -> tensors; state: JSON.
+
+    Raises OSError if it cannot be written (safetensors' and torch's own errors included) or reads back differently.
+    """
+    folder, partial = checkpoints / f"{step:08d}", checkpoints / f"{step:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step} | state))
+        manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        for path in partial.iterdir():
+            sync(path)
+        write_atomically(partial / MANIFEST, json.dumps(manifest))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        sync(checkpoints)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write a checkpoint to {folder}: {error}") from error
+    if not is_intact(folder):
+        raise OSError(f"the checkpoint {folder} reads back differently from what was written")
+    for older in checkpoints.iterdir():
+        if older != folder:
+            shutil.rmtree(older)
+    return folder
+
+
+def is_intact(folder: Path) -> bool:
+    """Every file of the manifest is there with its size and digest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return bool(manifest) and all(_digest(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def latest(checkpoints: Path, warn: Any = print) -> Path | None:
+    """The newest intact checkpoint, None if there never was one. Raises ValueError if there are only damaged ones."""
+    folders = sorted((p for p in checkpoints.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
+    for folder in folders:
+        if is_intact(folder):
+            return folder
+        warn(f"warning: checkpoint {folder} is damaged and passed over")
+    if folders:
+        raise ValueError(f"every checkpoint in {checkpoints} is damaged; delete the folder to start the run anew")
+    return None
+
+
+def _digest(path: Path) -> list[int | str]:
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: <name>/<what>."""
+    named = ((name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state)
+    return {f"{name}/{what}": value for name, state in named for what, value in state.items()}
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load model and optimizer in place, and return the state. Raises ValueError if the tensors do not fit."""
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
+    tensors = load_file(folder / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        # fused AdamW keeps its step counter on the parameter's device
+        optimizer.state[parameter] = {what: value.to(parameter.device) for what, value in parts.items()}
+    return json.loads((folder / "state.json").read_text())
+
+
+def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
+    """What stays of a finished run: everything, the weights, or nothing."""
+    if keep_optimizer or not checkpoints.exists():
+        return
+    for folder in checkpoints.iterdir():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if keep_weights and "model.safetensors" in manifest:
+            kept = {name: entry for name, entry in manifest.items() if name != "optimizer.safetensors"}
+            write_atomically(folder / MANIFEST, json.dumps(kept))
+            (folder / "optimizer.safetensors").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder)
+
+
+class LoadedRun(NamedTuple):
+    model: nn.Module  # on the CPU, in evaluation mode, with the final weights
+    settings: Settings
+    prepared: Prepared  # data and tokenizer
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    result: dict[str, Any]  # {} if the run is not finished
+
+
+def load_run(folder: str | Path) -> LoadedRun:
+    """A run from its folder. Raises ValueError if it is none, has kept no weights, or its data is another now."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} is no run folder: it has no config.yaml")
+    settings = read(OmegaConf.load(folder / "config.yaml"))
+    last = latest(folder / "checkpoints")
+    if last is None:
+        raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
+    prepared = open_data(settings)
+    model = make_model(settings, prepared, torch.device("cpu"))
+    model.load_state_dict(load_file(last / "model.safetensors"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = folder / "result.json"
+    return LoadedRun(model.eval(), settings, prepared, lines, json.loads(result.read_text()) if result.exists() else {})

@@ -1,0 +1,92 @@
+"""Evaluation: cross-entropy over a whole split, without randomness or change of state, and where it comes from.
+
+B batch, S sequence, E experts, V vocabulary
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from data.batches import Batch, Split, evaluation_batches
+from models.transformer import Transformer
+from routers.routing import Plan, Routing, count
+
+Losses = tuple[Tensor, dict[int, Routing], Tensor]
+
+
+def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
+    """Cross-entropy (B, S) in nats, 0 on padding; the routings; the summed auxiliary loss."""
+    output = model(batch.tokens, plans, batch.document if mask_documents else None)
+    ce = cross_entropy(output.logits.float().flatten(0, 1), batch.target.flatten(), reduction="none")
+    return ce.view(batch.target.shape) * batch.tokens.real, output.routings, output.aux_loss
+
+
+def frequency_deciles(token_counts: Tensor) -> Tensor:
+    """(V,) int64 in 0..9: tokens in falling training frequency, cut into tenths of the training text."""
+    counts = token_counts.double()
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    deciles = torch.empty_like(order)
+    deciles[order] = (10 * before / counts.sum().clamp(min=1)).long().clamp(max=9)
+    return deciles
+
+
+@contextmanager
+def evaluating(model: Transformer, as_in_training: bool) -> Iterator[None]:
+    """Evaluation mode, without gradients; as_in_training leaves the routers in training mode."""
+    model.eval()
+    for router in model.routers.values():
+        router.train(as_in_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+def evaluate(
+    model: Transformer,
+    losses: Callable[..., Losses],
+    split: Split,
+    batch_size: int,
+    token_counts: Tensor,
+    as_in_training: bool = False,
+) -> dict[str, Tensor]:
+    """Sums over the split, in float64 and int64 on the CPU.
+
+    ce_sum, tokens (); document_ce_sum, document_tokens (documents,); decile_ce_sum, decile_tokens (10,) by the
+    target's training frequency, the most frequent first; for each sparse layer load/<layer> (E,) and
+    token_expert/<layer> (V, E), how often each token id went to each expert. losses: token_losses, maybe compiled.
+    """
+    device = model.embedding.device
+    documents = len(split.ends) + 1
+    deciles = frequency_deciles(token_counts).numpy()
+    sums = {"document": np.zeros((2, documents)), "decile": np.zeros((2, 10))}
+    experts = {layer: torch.zeros(len(token_counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
+    with evaluating(model, as_in_training):
+        for batch in evaluation_batches(split, batch_size):
+            moved = batch.apply(lambda tensor: tensor.to(device))
+            ce, routings, _ = losses(moved, model.plan(moved.tokens))
+            real = batch.tokens.real.numpy()
+            values = ce.double().cpu().numpy()[real]
+            for name, place in (("document", batch.document.numpy()), ("decile", deciles[batch.target.numpy()])):
+                sums[name] += [np.bincount(place[real], w, len(sums[name][0])) for w in (values, np.ones_like(values))]
+            for layer, routing in routings.items():
+                token = moved.tokens.id.reshape(-1).index_select(0, routing.token)
+                served = (routing.weight > 0).long()
+                experts[layer] += count(token * model.num_experts + routing.expert, len(experts[layer]), served).cpu()
+    result = {f"{name}_{what}": torch.from_numpy(row) for name, s in sums.items() for what, row in zip(("ce_sum", "tokens"), s)}
+    result |= {f"{key}_tokens": result[f"{key}_tokens"].long() for key in sums}
+    for layer, counted in experts.items():
+        result[f"token_expert/{layer}"] = counted.view(len(token_counts), model.num_experts)
+        result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)
+    return result | {"ce_sum": result["document_ce_sum"].sum(), "tokens": result["document_tokens"].sum()}
+
+
+def mean_ce(sums: dict[str, Tensor]) -> float:
+    """Nats per token."""
+    return float(sums["ce_sum"] / sums["tokens"])

@@ -1,0 +1,155 @@
+"""The training loop. One step: forward and backward over the micro-batches, one update; a line, an evaluation and a
+checkpoint now and then."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch, TrainingBatches
+from models.transformer import Transformer
+from routers.routing import Plan, Routing, joined, load_metrics, load_of
+from training.evaluation import Losses
+from training.optimizer import learning_rate, step
+from training.settings import Settings
+
+Micro = tuple[Batch, dict[int, Plan]]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has left a checkpoint."""
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite at this step. No weight was changed by it."""
+
+    def __init__(self, step: int):
+        super().__init__(f"loss or gradient not finite at step {step}")
+        self.step = step
+
+
+@dataclass
+class Progress:
+    """What goes on from a checkpoint beside model and optimizer."""
+
+    step: int = 0  # finished steps
+    seconds: float = 0.0  # training alone, without evaluation and checkpoints
+    clipped: int = 0  # steps whose gradient was clipped
+
+
+@dataclass
+class Trainer:
+    """One run in memory. losses is evaluation.token_losses, compiled or not; log, evaluate and checkpoint are called
+    when they are due."""
+
+    settings: Settings
+    model: Transformer
+    losses: Callable[..., Losses]
+    optimizer: torch.optim.AdamW
+    batches: TrainingBatches
+    progress: Progress
+    log: Callable[[dict[str, Any]], None]
+    evaluate: Callable[[int], None]
+    checkpoint: Callable[[], None]
+
+    def train(self) -> None:
+        """Train to the last step. Raises Diverged, and Interrupted (after a checkpoint) on SIGTERM or SIGINT."""
+        options, record, progress = self.settings.train, self.settings.record, self.progress
+        clipped = torch.tensor(progress.clipped, device=self.device)
+        finite_before = torch.tensor(True, device=self.device)
+        clock, clock_step = time.perf_counter(), progress.step
+        with stop_requests() as stop, ThreadPoolExecutor(1) as ahead:
+            upcoming = ahead.submit(self.micro_batches, progress.step)
+            while progress.step < options.steps:
+                micros = upcoming.result()
+                upcoming = ahead.submit(self.micro_batches, progress.step + 1)
+                ce, routings, real = self.forward_backward(micros)
+                lr = learning_rate(progress.step, options)
+                norm, finite = step(self.optimizer, lr, ce, options.grad_clip)
+                clipped += norm > (options.grad_clip or float("inf"))
+                progress.step += 1
+                for layer, router in self.model.routers.items():
+                    router.after_step(load_of(routings[layer], self.model.num_experts), progress.step / options.steps)
+                if not finite_before:  # of the step before, which the device has long finished
+                    raise Diverged(progress.step - 1)
+                finite_before = finite
+
+                last = progress.step == options.steps
+                log, evaluate, checkpoint = (
+                    last or (every > 0 and progress.step % every == 0)
+                    for every in (record.log_every, record.evaluate_every, record.checkpoint_every)
+                )
+                if not (log or evaluate or checkpoint or stop):
+                    continue
+                if not finite:
+                    raise Diverged(progress.step)
+                seconds = time.perf_counter() - clock
+                progress.seconds += seconds
+                progress.clipped = int(clipped)
+                if log:
+                    rate = (progress.step - clock_step) * options.batch_size * self.batches.split.length / seconds
+                    line = {"train/ce": float(ce), "lr": lr, "grad_norm": float(norm), "tokens_per_second": rate}
+                    self.log(line | self.route_metrics(routings, real))
+                if evaluate:
+                    self.evaluate(progress.step)
+                if checkpoint or stop:
+                    self.checkpoint()
+                if stop and not last:
+                    raise Interrupted
+                clock, clock_step = time.perf_counter(), progress.step
+
+    def micro_batches(self, step: int) -> list[Micro]:
+        """The step's batch in micro-batches with their plans, made ahead in a thread of its own."""
+        batch, size = self.batches.batch(step), self.settings.train.micro_batch or self.settings.train.batch_size
+        parts = [batch.rows(slice(first, first + size)) for first in range(0, len(batch.target), size)]
+        if self.device.type == "cuda":
+            parts = [part.apply(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)) for part in parts]
+        return [(part, self.model.plan(part.tokens)) for part in parts]
+
+    def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:
+        """Gradients of the step's mean loss. Returns its cross-entropy () and routings over the whole batch, and which
+        tokens are real (B, S)."""
+        count = torch.stack([batch.tokens.real.sum() for batch, _ in micros]).sum()
+        ce, routings = torch.zeros((), device=self.device), []
+        for batch, plans in micros:
+            each, routed, aux_loss = self.losses(self.model, batch, plans, self.settings.data.mask_documents)
+            part = each.sum() / count
+            (part + aux_loss / len(micros)).backward()
+            ce += part.detach()
+            routings.append(routed)
+        real = torch.cat([batch.tokens.real for batch, _ in micros])
+        tokens = real.numel() // len(micros)
+        return ce, {layer: joined([r[layer] for r in routings], tokens) for layer in routings[0]}, real
+
+    def route_metrics(self, routings: dict[int, Routing], real: Tensor) -> dict[str, float]:
+        """route/<layer>/<metric> for every sparse layer."""
+        metrics = {layer: load_metrics(r, real, self.model.num_experts) for layer, r in routings.items()}
+        return {f"route/{layer}/{name}": float(v) for layer, values in metrics.items() for name, v in values.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.device
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that SIGTERM or SIGINT fills, so that the step in hand is finished; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

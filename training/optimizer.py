@@ -1,0 +1,49 @@
+"""AdamW, its learning rate, and a step that no loss or gradient that is not finite can take."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.transformer import Transformer
+from training.settings import TrainSettings
+
+
+def make_optimizer(model: Transformer, train: TrainSettings) -> torch.optim.AdamW:
+    """Fused AdamW. Matrices decay; embeddings, norms and whatever belongs to a router do not."""
+    free = {name for name, p in model.named_parameters() if p.dim() == 1 or ".router." in name}
+    free |= {"embedding", "positions"}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if name not in free], "weight_decay": train.weight_decay},
+        {"params": [p for name, p in model.named_parameters() if name in free], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+
+
+def learning_rate(step: int, train: TrainSettings) -> float:
+    """For step 0..steps-1: linear warm-up, then cosine or linear decay to min_lr_share of lr at the last step."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    progress = (step + 1 - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
+    share = (1 + math.cos(math.pi * progress)) / 2 if train.schedule == "cosine" else 1 - progress
+    return train.lr * (train.min_lr_share + (1 - train.min_lr_share) * share)
+
+
+def step(optimizer: torch.optim.AdamW, lr: float, loss: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
+    """Clip and update, on the device alone. Returns the gradient norm before clipping and whether all was finite.
+
+    The fused kernel takes the flag (found_inf, as a gradient scaler gives it) and leaves weights and state as they
+    are if it is set, so that the host need not wait for it. grad_clip 0 clips nothing.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if grad_clip > 0:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite

@@ -1,0 +1,59 @@
+"""Classes named by _target_: which are allowed, and their options typed by their own annotations."""
+
+import dataclasses
+import importlib
+import inspect
+import typing
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGES = ("routers", "models", "data")
+
+
+def target(node: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """The class that node's _target_ names and node's other keys, typed by the class's own annotations.
+
+    Raises ValueError for a class that does not exist and for keys or types that its constructor does not take.
+    """
+    path = node["_target_"]
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_ {path} does not exist: {error}") from error
+    if not inspect.isclass(found):
+        raise ValueError(f"_target_ must name a class; {path} is none")
+    hints = {k: v for k, v in typing.get_type_hints(found.__init__).items() if k != "return"}
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    for key in given:
+        if key not in hints:
+            raise ValueError(f"{path} has no option {key}; it takes {', '.join(hints) or 'none'}")
+    schema = OmegaConf.structured(dataclasses.make_dataclass(name, [(key, hints[key]) for key in given]))
+    try:
+        return found, {str(k): v for k, v in OmegaConf.to_container(OmegaConf.merge(schema, given)).items()}  # type: ignore
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
+    """Only classes of these packages may be named, wherever _target_ stands."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key == "_target_" and value is not None and str(value).split(".")[0] not in packages:
+            raise ValueError(f"{place}_target_ must be a class of {', '.join(packages)} (see extra_packages); got {value}")
+        check_targets(value, f"{place}{key}.", packages)
+
+
+def one_line(error: Exception) -> str:
+    """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    noise = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
+    lines = [line for line in lines if not line.startswith(noise)]
+    text = " ".join(lines) if lines else type(error).__name__
+    return f"{key}: {text}" if key and key not in text else text
