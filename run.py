@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages; main() makes one line of it
-sys.path[:0] = [str(ROOT), str(ROOT / "sweeps")]  # from any folder; Hydra finds plugins in sweeps/hydra_plugins
+sys.path[:0] = [str(ROOT)]  # from any folder
+sys.path.append(str(ROOT / "sweeps"))  # Hydra finds plugins in sweeps/hydra_plugins
 
 import hydra  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402

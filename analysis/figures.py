@@ -2,16 +2,17 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.style import context as style_context
 
 from analysis.runs import Study
 
-LOOK = {
+LOOK: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "font.size": 7.5,
     "axes.linewidth": 0.6,
@@ -26,14 +27,12 @@ COLUMN = (3.4, 3.9)  # inches: one column of a two-column paper
 
 
 def learning_curves(study: Study, style: dict, labels: dict[str, str], reference: str) -> Figure:
-    """Validation loss against training tokens; under it, the same less that of the reference arm, seed by seed.
+    """Validation loss against training tokens; below it, the same less the reference arm, seed by seed.
 
     Lines are means over seeds and bands one standard deviation each way.
     """
-    losses = {
-        arm: runs.set_index(["seed", "tokens"])["val/ce"]
-        for arm, runs in study.curves.groupby("arm", sort=False)
-    }
+    points = study.curves.set_index(["seed", "tokens"])
+    losses = {arm: points.loc[points["arm"] == arm, "val/ce"] for arm in study.counted.loc[:, "arm"].unique()}
     curves = {arm: over_seeds(loss) for arm, loss in losses.items()}
     worst_first = sorted(curves, key=lambda arm: curves[arm]["mean"].iloc[-1], reverse=True)
     look = _looks(list(labels), style)
@@ -45,22 +44,21 @@ def learning_curves(study: Study, style: dict, labels: dict[str, str], reference
             _line(above, curves[arm], look[arm], labels[arm])
             if reference in losses:
                 _line(below, over_seeds((losses[arm] - losses[reference]).dropna()), look[arm])
-        _unigram(above, study.counted["val/unigram_entropy"].mean())
+        _unigram(above, float(study.counted.loc[:, "val/unigram_entropy"].mean()))
         above.legend(handlelength=3.2, borderaxespad=0.2, labelspacing=0.3)
         above.set_ylabel("validation cross-entropy\n(nats per token)")
         below.set_ylabel(f"difference to {labels[reference]}\n(nats per token)")
         below.set_xlabel("training tokens (millions)")
-        for axes in (above, below):
-            axes.margins(x=0.01)
+        above.margins(x=0.01)
         figure.align_ylabels()
     return figure
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:
-    """Mean and standard deviation at each number of tokens that all seeds have. `losses` is indexed by seed and tokens."""
+    """Mean and deviation of `losses`, indexed by (seed, tokens), at each number of tokens that all seeds have."""
     grouped = losses.groupby(level="tokens")
     curve = pd.DataFrame({"mean": grouped.mean(), "deviation": grouped.std(ddof=1).fillna(0.0)})
-    return curve[grouped.size() == losses.index.get_level_values("seed").nunique()]
+    return curve.loc[grouped.size() == losses.index.get_level_values("seed").nunique()]
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -74,8 +72,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 def _own_settings() -> AbstractContextManager:
     """LOOK over matplotlib's defaults: a reader's own matplotlibrc changes nothing."""
-    defaults = {key: value for key, value in mpl.rcParamsDefault.items() if key != "backend"}
-    return mpl.rc_context(defaults | LOOK)
+    return style_context(["default", LOOK])
 
 
 def _looks(arms: list[str], style: dict) -> dict[str, dict]:
@@ -95,10 +92,6 @@ def _line(axes: Axes, curve: pd.DataFrame, look: dict, label: str | None = None)
 
 def _unigram(axes: Axes, entropy: float) -> None:
     axes.axhline(entropy, color="0.35", linewidth=0.7, linestyle=":")
-    where = {
-        "xy": (1, entropy),
-        "xycoords": ("axes fraction", "data"),
-        "xytext": (-1, 2),
-        "textcoords": "offset points",
-    }
-    axes.annotate("unigram entropy", **where, ha="right", color="0.35", fontsize=6.5)
+    at_right = {"xy": (1, entropy), "xycoords": ("axes fraction", "data")}
+    above = {"xytext": (-1, 2), "textcoords": "offset points", "ha": "right"}
+    axes.annotate("unigram entropy", **at_right, **above, color="0.35", fontsize=6.5)

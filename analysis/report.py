@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,31 +13,24 @@ from analysis.runs import Study, read_study
 
 
 def report(name: str, runs: Path, results: Path, reference: str | None = None) -> str:
-    """Write table.md, table.csv, runs.csv, figure.png and figure.pdf to results/<scale>/<name>/; return what to print."""
+    """Write tables and figure to results/<scale>/<name>/; return what to print. ValueError if none."""
     style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
     study = read_study(name, runs)
     labels = tables.labels(study, style)
     reference = _reference(labels, reference, style)
     frame = tables.table(study, style, reference)
-    header, notes = tables.header(study, style), tables.notes(study, frame, labels[reference])
+    header = tables.header(study, style)
+    notes = "\n".join(tables.notes(study, frame, labels[reference]))
+    terminal, markdown = (tables.printed(frame, labels[reference], form) for form in ("simple", "pipe"))
+    figure = figures.learning_curves(study, style, labels, reference)
+
     folder = results / study.scale / study.name
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / "table.csv", index=False, lineterminator="\n")
     tables.behind(study).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
-    markdown = tables.printed(frame, labels[reference], "pipe")
-    listed = "\n".join(
-        f"- {note.strip()}" if not note.startswith("  ") else f"  - {note.strip()}" for note in notes
-    )
-    (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n{listed}\n")
-    figures.save(figures.learning_curves(study, style, labels, reference), folder, "figure")
-    parts = [
-        header,
-        tables.printed(frame, labels[reference], "simple"),
-        "\n".join(notes),
-        _where(folder, runs),
-        _next(study, style),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
+    figures.save(figure, folder, "figure")
+    return "\n\n".join([header, terminal, notes, _where(folder, runs), *_next(study, style, runs)])
 
 
 def _reference(labels: dict[str, str], wished: str | None, style: dict) -> str:
@@ -47,42 +41,31 @@ def _reference(labels: dict[str, str], wished: str | None, style: dict) -> str:
 
 
 def _where(folder: Path, runs: Path) -> str:
-    return "\n".join(
-        [
-            f"table   {folder}/table.md, table.csv",
-            f"figure  {folder}/figure.png, figure.pdf",
-            f"runs    {runs}/ (those behind the table: {folder}/runs.csv)",
-        ]
-    )
+    made = {
+        "table": "table.md, table.csv",
+        "figure": "figure.png, figure.pdf",
+        "runs": f"runs.csv, folders in {runs}/",
+    }
+    return "\n".join(f"{what:7} {folder}/{files}" for what, files in made.items())
 
 
-def _next(study: Study, style: dict) -> str:
+def _next(study: Study, style: dict, runs: Path) -> list[str]:
     """Commands worth trying, from style's list for this sweep."""
-    best = study.counted.loc[study.counted["val/ce"].idxmin(), "folder"]
+    best = shlex.quote(str(runs / str(study.counted.set_index("id").loc[:, "val/ce"].idxmin())))
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if inside else "python"
-    tries = [
-        (each["command"].format(best=best, python=python), each["why"])
-        for each in style["next"].get(study.name, [])
-    ]
-    return "\n".join(
-        ["what to try next:" if tries else ""] + [f"  {command}\n      {why}" for command, why in tries]
-    ).strip()
+    ideas = style["next"].get(study.name, [])
+    lines = [f"  # {idea['why']}\n  " + idea["command"].format(best=best, python=python) for idea in ideas]
+    return ["\n".join(["what to try next:", *lines])] if lines else []
 
 
 def main() -> int:
     """Print the report; 0 if there is one, 1 with one line on stderr if not."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
     parser.add_argument("name", help="a sweep that was run, for example quickstart")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of run folders (default: runs)"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="where tables and figures go (default: results)"
-    )
-    parser.add_argument(
-        "--reference", help="the arm that the others are held against (default: style.yaml's)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
+    parser.add_argument("--reference", help="the arm that the others are held against")
     args = parser.parse_args()
     try:
         print(report(args.name, args.runs, args.results, args.reference))

@@ -19,9 +19,9 @@ COMPARABLE = {"data_fingerprint": "other data", "tokens": "other token budget", 
 class Study:
     """One sweep as found on disk.
 
-    `runs` has a row for each run of the sweep, in job order: id, arm, seed, outcome (finished, diverged, failed,
-    running, stopped, missing, unreadable, repeated or one of COMPARABLE's), why, counted, code, device, and the
-    figures of result.json. `curves` has a row for each validation of a counted run: arm, seed, step, tokens, val/ce.
+    runs: a row for each run of the sweep, in job order: id, arm, seed, outcome (finished, diverged, failed,
+    running, stopped, missing, unreadable, repeated or one of COMPARABLE's), why, counted, code, device, and what
+    result.json holds. curves: a row for each validation of a counted run: arm, seed, step, tokens, val/ce.
     """
 
     name: str
@@ -37,29 +37,26 @@ class Study:
 
 
 def read_study(name: str, folder: Path) -> Study:
-    """Read `folder/sweeps/name.json` and every run it lists. ValueError if it is not there or nothing has finished."""
+    """Read `folder/sweeps/name.json` and the runs it lists. ValueError if it is missing or nothing has finished."""
     record = _read_record(name, folder)
-    rows = [read_run(folder / run) for run in record["runs"]]
-    curves = {row["id"]: row.pop("curve") for row in rows if "curve" in row}
-    runs = compare(pd.DataFrame(rows))
-    counted = runs[runs["counted"]]
-    if counted.empty:
-        outcomes = ", ".join(
-            f"{n} {outcome}" for outcome, n in runs["outcome"].value_counts(sort=False).items()
-        )
-        raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({outcomes})")
-    config = yaml.safe_load((counted["folder"].iloc[0] / "config.yaml").read_text())
-    curve = pd.concat([curves[run] for run in counted["id"]], ignore_index=True)
-    return Study(name, record["scale"], record["command"], runs, curve, config)
+    rows = compare([read_run(folder / run) for run in record["runs"]])
+    counted = [row for row in rows if row["counted"]]
+    if not counted:
+        outcomes = Counter(row["outcome"] for row in rows)
+        listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+        raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
+    runs = pd.DataFrame([{key: value for key, value in row.items() if key != "curve"} for row in rows])
+    curves = pd.concat([row["curve"] for row in counted], ignore_index=True)
+    config = yaml.safe_load((folder / counted[0]["id"] / "config.yaml").read_text())
+    return Study(name, record["scale"], runs, curves, config)
 
 
 def _read_record(name: str, folder: Path) -> dict:
     sweeps = folder / "sweeps"
     known = sorted(path.stem for path in sweeps.glob("*.json"))
     if name not in known:
-        raise ValueError(
-            f"no sweep called {name!r} in {sweeps} ({there}); python run.py -m sweeps={name} makes it"
-        )
+        there = f"there: {', '.join(known)}" if known else "none there"
+        raise ValueError(f"no sweep {name!r} in {sweeps} ({there}); python run.py -m sweeps={name} makes it")
     record = json.loads((sweeps / f"{name}.json").read_text())
     runs = list(dict.fromkeys(record["runs"]))
     if not runs or any(Path(part).name != part for part in [record["scale"], *runs]):
@@ -68,7 +65,7 @@ def _read_record(name: str, folder: Path) -> dict:
 
 
 def read_run(folder: Path) -> dict:
-    """One row: what the folder's name says, what became of the run, its figures and its curve as far as it has any."""
+    """One row: what the folder's name says, what became of the run, and its figures and curve, if any."""
     arm, seed = _name(folder.name)
     row = {"id": folder.name, "arm": arm, "seed": seed, "why": ""}
     if not folder.is_dir():
@@ -100,9 +97,7 @@ def _result(folder: Path) -> dict:
     outcome = (
         {"outcome": "finished"} if finished else {"outcome": "diverged", "why": f"at step {result['step']}"}
     )
-    return (
-        result | outcome | {"code": _code(provenance["git"]), "device": provenance["device"]}
-    )
+    return result | outcome | {"code": _code(provenance["git"]), "device": provenance["device"]}
 
 
 def _code(git: dict) -> str:
@@ -139,24 +134,24 @@ def _progress(folder: Path) -> str:
 
 
 def read_metrics(folder: Path, key: str = "step") -> pd.DataFrame:
-    """The lines of metrics.jsonl that have `key`, one row a step: the last line of a step that is there twice.
+    """The lines of metrics.jsonl that have `key`, one row a step; of a step that is there twice, the last.
 
-    A last line without its end, as a kill or a run at work leaves it, is left out. ValueError on any other damage.
+    A last line without its end, as a kill or a run at work leaves it, is left out. ValueError on other damage.
     """
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    lines = [line for line in text.split("\n")[:-1] if f'"{key}"' in line]
     try:
-        rows = pd.DataFrame([json.loads(line) for line in lines])
+        rows = [json.loads(line) for line in text.split("\n")[:-1] if f'"{key}"' in line]
     except json.JSONDecodeError as error:
         raise ValueError(f"metrics.jsonl holds a line that is not JSON: {error.doc[:40]!r}") from error
-    return rows.drop_duplicates("step", keep="last").sort_values("step") if len(rows) else rows
+    frame = pd.DataFrame(rows, columns=None if rows else ["step"])
+    return frame.drop_duplicates("step", keep="last").sort_values("step")
 
 
 def compare(rows: list[dict]) -> list[dict]:
-    """Mark as `counted` the largest set of finished runs with equal data, token budget and code; name the others.
+    """Mark as `counted` the largest set of finished runs with equal data, token budget and code.
 
-    Of sets equally large it is the one found first. A second run of one arm and seed is not counted either.
+    The others get an outcome that says why. Of sets equally large the first in job order is kept. A second run of one arm and seed is not counted either.
     """
     shared = Counter(_shared(row) for row in rows if row["outcome"] == "finished")
     kept = shared.most_common(1)[0][0] if shared else ()

@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def summarise(values: pd.Series) -> Summary:
-    """Mean and deviation of one number a seed. A value that is not finite is an error: it would vanish from the mean."""
+    """Mean and deviation of one number a seed. ValueError if one is not finite: it must not vanish."""
     x = values.to_numpy(dtype=float)
     if not np.isfinite(x).all():
         raise ValueError(f"a mean over seeds needs finite numbers, not {x[~np.isfinite(x)][0]}")
@@ -41,8 +41,8 @@ def summarise(values: pd.Series) -> Summary:
 def paired_difference(values: pd.Series, reference: pd.Series, level: float = 0.95) -> Difference:
     """Mean of `values - reference` over the seeds both have, with the interval of the paired t-test.
 
-    Both are indexed by seed, each seed once. Runs of one seed share data order and first values, so what a seed does to
-    both arms cancels; what remains is taken as normal and independent between seeds.
+    Both are indexed by seed, each seed once. Runs of one seed share data order and first values, so what a
+    seed does to both arms cancels; what remains is taken as normal and independent between seeds.
     """
     for series in (values, reference):
         if not series.index.is_unique:

@@ -5,23 +5,23 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis.runs import Study
-from analysis.statistics import Difference, paired_difference, summarise
+from analysis.statistics import paired_difference, summarise
 
 NOT_SEPARATED = "†"
 
 
 def labels(study: Study, style: dict) -> dict[str, str]:
     """What each arm of the study is called, in the order of its jobs."""
-    return {
-        arm: style["arms"].get(arm, {"label": arm.replace("_", " ")})["label"]
-        for arm in study.runs["arm"].unique()
-    }
+    named = style["arms"]
+    arms = study.runs.loc[:, "arm"].unique()
+    return {arm: named[arm]["label"] if arm in named else arm.replace("_", " ") for arm in arms}
 
 
 def table(study: Study, style: dict, reference: str) -> pd.DataFrame:
     """One row an arm, numbers in full: what table.csv holds and every printed table is made from."""
     base = study.counted.loc[study.counted["arm"] == reference]
-    return pd.DataFrame([_row(study, arm, label, base) for arm, label in labels(study, style).items()])
+    frame = pd.DataFrame([_row(study, arm, label, base) for arm, label in labels(study, style).items()])
+    return frame.assign(reference=frame["arm"] == reference)
 
 
 def _row(study: Study, arm: str, label: str, base: pd.DataFrame) -> dict:
@@ -32,7 +32,8 @@ def _row(study: Study, arm: str, label: str, base: pd.DataFrame) -> dict:
     for kind in ("active", "total"):
         row[f"{kind}_parameters"] = _one(runs.loc[:, f"parameters/{kind}"], arm)
     for split in ("test", "val"):
-        _, row[f"{split}_perplexity"], row[f"{split}_perplexity_deviation"] = summarise(runs.loc[:, f"{split}/perplexity"])
+        perplexity = summarise(runs.loc[:, f"{split}/perplexity"])
+        row |= {f"{split}_perplexity": perplexity.mean, f"{split}_perplexity_deviation": perplexity.deviation}
     difference = paired_difference(runs.loc[:, "test/ce"], base.set_index("seed").loc[:, "test/ce"])
     row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
     row |= {"separated": difference.separated}
@@ -69,16 +70,14 @@ def _cells(row: dict) -> list[str]:
     if not row["n"]:
         return [row["label"], "", "", "", n, "", "", ""]
     params = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
-    perplexities = [
-        _plus_minus(row[f"{split}_perplexity"], row[f"{split}_perplexity_deviation"])
-        for split in ("test", "val")
-    ]
-    speed = f"{row['tokens_per_second']:,.0f}"
-    return [row["label"], params, *perplexities, n, _difference(row), f"{row['below_unigram']:.3f}", speed]
+    test, validation = (_perplexity(row, split) for split in ("test", "val"))
+    gain, speed = f"{row['below_unigram']:.3f}", f"{row['tokens_per_second']:,.0f}"
+    return [row["label"], params, test, validation, n, _difference(row), gain, speed]
 
 
-def _plus_minus(mean: float, deviation: float) -> str:
-    return f"{mean:.2f}" + ("" if np.isnan(deviation) else f" ± {deviation:.2f}")
+def _perplexity(row: dict, split: str) -> str:
+    deviation = row[f"{split}_perplexity_deviation"]
+    return f"{row[f'{split}_perplexity']:.2f}" + ("" if np.isnan(deviation) else f" ± {deviation:.2f}")
 
 
 def _difference(row: dict) -> str:
@@ -109,52 +108,57 @@ def header(study: Study, style: dict) -> str:
     """One line: which comparison, on what text, how much of it, which seeds, on what device."""
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
-    run = study.counted.iloc[0]
-    amount = f"{run['step']:,.0f} steps of {run['tokens'] / run['step']:,.0f} tokens"
-    seeds = ", ".join(str(seed) for seed in sorted(study.counted["seed"].unique()))
-    devices = " and ".join(study.counted["device"].unique())
+    counted = study.counted
+    steps, tokens = (int(counted.loc[:, column].iloc[0]) for column in ("step", "tokens"))
+    amount = f"{steps:,} steps, {human(tokens)} tokens"
+    seeds = ", ".join(str(seed) for seed in sorted(set(counted.loc[:, "seed"])))
+    devices = " and ".join(counted.loc[:, "device"].unique())
     return " · ".join([study.name, text, f"scale {study.scale}", amount, f"seeds {seeds}", devices])
 
 
 def notes(study: Study, frame: pd.DataFrame, reference_label: str) -> list[str]:
     """What the columns are, what is not separated, and every run that is in no mean."""
     lines = [
-        "params: active = a token's share (what one token passes through), total = all; k, M, B = thousand, million, billion",
-        "perplexity: exp of the mean cross-entropy per token, at the final state; mean ± standard deviation over n seeds",
-        f"difference: within seeds, below 0 is better than {reference_label}; interval of the paired t-test, not corrected for several methods",
-        "nats below unigram: validation loss under the entropy of token frequencies, what a model without context could reach",
-        "tokens per s: while training; a measure of this machine as it was loaded, not a benchmark",
+        "params: those that one token passes through / all of them (k, M, B: thousand, million, billion)",
+        "perplexity: exp(cross-entropy per token) at the final state; mean ± standard deviation over n seeds",
+        f"difference: mean over pairs of runs of one seed; below 0 is better than {reference_label}",
+        "[95 %]: interval of the paired t-test, each for itself (not widened for the number of methods)",
+        "nats below unigram: how far validation loss is below the entropy of the split's token frequencies",
+        "tokens per s: as trained here, whatever else the machine did; not a benchmark",
     ]
-    if (frame["difference_pairs"] == 1).any():
-        lines.append("one pair has no interval: it takes two seeds or more")
-    unclear = frame[(frame["difference_pairs"] > 1) & ~frame["separated"]]
-    for pairs, rows in unclear.groupby("difference_pairs"):
+    others = frame.loc[~frame["reference"]]
+    if (others.loc[:, "difference_pairs"] == 1).any():
+        lines.append("no interval: it takes two pairs or more")
+    unclear = others.loc[(others["difference_pairs"] > 1) & ~others["separated"]]
+    for pairs in sorted(set(unclear.loc[:, "difference_pairs"])):
+        arms = unclear.loc[unclear["difference_pairs"] == pairs, "label"]
         lines.append(
-            f"{NOT_SEPARATED} not separated from {reference_label} at n = {pairs}: {', '.join(rows['label'])}"
+            f"{NOT_SEPARATED} not separated from {reference_label} at n = {pairs}: {'; '.join(arms)}"
         )
     return lines + _left_out(study)
 
 
 def _left_out(study: Study) -> list[str]:
-    left = study.runs[~study.runs["counted"]]
+    left = study.runs.loc[~study.runs["counted"]]
     if left.empty:
         return [f"all {len(study.runs)} runs of the sweep are counted"]
     lines = [f"{len(left)} of {len(study.runs)} runs are in no mean:"]
-    for outcome, rows in left.groupby("outcome", sort=False):
-        named = [
-            run["id"] + (f" ({_short(run['why'])})" if run["why"] else "") for run in rows.to_dict("records")
-        ]
-        lines += [f"  {len(rows)} {outcome}: {named[0]}", *(f"    {name}" for name in named[1:])]
+    for outcome in left.loc[:, "outcome"].unique():
+        rows = left.loc[left["outcome"] == outcome]
+        lines.append(f"  {len(rows)} {outcome}:")
+        for run, why in zip(rows.loc[:, "id"], rows.loc[:, "why"], strict=True):
+            lines.append(f"    {run}" + (f" ({_short(why)})" if why else ""))
+    if left.loc[:, "outcome"].isin(["missing", "failed", "stopped"]).any():
+        lines.append(f"  to complete the sweep: python run.py -m sweeps={study.name} scale={study.scale}")
     return lines
 
 
-def _short(text: str, width: int = 90) -> str:
+def _short(text: str, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def behind(study: Study) -> pd.DataFrame:
     """Every run of the sweep with its outcome and figures: what runs.csv holds."""
     first = ["id", "arm", "seed", "outcome", "why", "counted"]
-    return study.runs[
-        first + [each for each in study.runs if each not in [*first, "folder"]]
-    ].convert_dtypes()
+    rest = [column for column in study.runs.columns if column not in first]
+    return study.runs.loc[:, first + rest].convert_dtypes()

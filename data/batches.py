@@ -52,8 +52,8 @@ def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> B
     previous[:, 1:] = torch.where(begins, BEGIN, token[:, :-1])
     following = torch.where(document[:, 1:] != document[:, :-1], END, target)
     position = torch.arange(token.shape[1]).expand_as(token)
-    tokens = Tokens(token.contiguous(), previous, following, position.contiguous(), real, key)
-    return Batch(tokens, target.contiguous(), document[:, :-1].contiguous())
+    tokens = Tokens(token, previous, following, position, real, key)
+    return Batch(tokens, target, document[:, :-1]).apply(Tensor.contiguous)
 
 
 class Split:

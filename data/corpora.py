@@ -117,7 +117,7 @@ class TextFiles:
     def _plain_documents(self, path: Path) -> Iterator[str]:
         document: list[str] = []
         for _, line in _read_lines(path):
-            if self._starts and self._starts.search(line.rstrip("\r\n")):
+            if document and self._starts and self._starts.search(line.rstrip("\r\n")):
                 yield "".join(document)
                 document = []
             document.append(line)

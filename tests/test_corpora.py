@@ -76,11 +76,11 @@ def test_shares_divide_the_documents_without_overlap(tmp_path):
 
 def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
     first = write(tmp_path / "a.txt", "some text")
-    moved = shutil.copy(first, tmp_path / "elsewhere.txt")
+    moved = shutil.copy(first, str(tmp_path / "elsewhere.txt"))
     base = text_files(first).digest()
     assert text_files(moved).digest() == base
     assert text_files(write(tmp_path / "b.txt", "some texT")).digest() != base
-    assert text_files(shutil.copy(first, tmp_path / "a.jsonl")).digest() != base
+    assert text_files(shutil.copy(first, str(tmp_path / "a.jsonl"))).digest() != base
     options = {"validation_share": 0.1, "test_share": 0.1, "document_start": "x", "test_files": moved}
     digests = [text_files(first, **{name: value}).digest() for name, value in options.items()]
     assert len({base, *digests}) == 1 + len(options)

@@ -10,7 +10,7 @@ from analysis.statistics import paired_difference, summarise
 def test_a_paired_interval_is_that_of_hand_arithmetic():
     arm = pd.Series([1.0, 2.0, 4.0], index=[0, 1, 2])
     reference = pd.Series([2.0, 4.0, 7.0], index=[0, 1, 2])
-    # differences -1, -2, -3: mean -2, deviation 1; t(0.975, 2) = 4.302653 from a printed table; reach 4.302653 / sqrt(3)
+    # differences -1, -2, -3: mean -2, deviation 1; t(0.975, 2) = 4.302653 in printed tables, over sqrt(3)
     pairs, mean, low, high = paired_difference(arm, reference)
     assert (pairs, mean) == (3, -2.0)
     assert [low, high] == pytest.approx([-2 - 2.484138, -2 + 2.484138], abs=1e-6)

@@ -63,12 +63,12 @@ def choose_device(settings: Settings) -> torch.device:
     return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compile_losses(settings: Settings, device: torch.device) -> Callable[..., Losses]:
-    """evaluation.token_losses in the run's precision, compiled if the run asks for it."""
+def make_losses(settings: Settings, model: Transformer, device: torch.device) -> Callable[..., Losses]:
+    """(batch, plans) -> evaluation.token_losses in the run's precision, compiled if the run asks for it."""
     compute = torch.compile(token_losses) if settings.train.compile else token_losses
-    lower = precision(settings, device) == "bf16"
+    lower, mask_documents = precision(settings, device) == "bf16", settings.data.mask_documents
 
-    def losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
+    def losses(batch: Batch, plans: dict[int, Plan]) -> Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=lower):
             return compute(model, batch, plans, mask_documents)
 

@@ -19,7 +19,7 @@ from data.batches import Split, TrainingBatches
 from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
-from training.build import choose_device, compile_losses, make_model, open_data, precision
+from training.build import choose_device, make_losses, make_model, open_data, precision
 from training.evaluation import evaluate, mean_ce
 from training.folder import held, is_finished, require_space
 from training.loop import Diverged, Interrupted, Progress, Trainer
@@ -86,7 +86,7 @@ def _train(opened: Run) -> int:
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
     checkpoint.write_atomically(folder / "provenance.json", json.dumps(origin, indent=1))
 
-    losses = compile_losses(settings, device)
+    losses = make_losses(settings, model, device)
     micro = settings.train.micro_batch or settings.train.batch_size
     validated: dict[int, dict[str, Tensor]] = {}
 

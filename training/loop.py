@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """One run in memory. losses is evaluation.token_losses, compiled or not; log, evaluate and checkpoint are called
+    """One run in memory. losses is build.make_losses; log, evaluate and checkpoint are called
     when they are due."""
 
     settings: Settings
@@ -107,7 +107,8 @@ class Trainer:
     def micro_batches(self, step: int) -> list[Micro]:
         """The step's batch in micro-batches with their plans, made ahead in a thread of its own."""
         batch, size = self.batches.batch(step), self.settings.train.micro_batch or self.settings.train.batch_size
-        parts = [batch.rows(slice(first, first + size)) for first in range(0, len(batch.target), size)]
+        firsts = range(0, len(batch.target), size)
+        parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]
         if self.device.type == "cuda":
             parts = [part.apply(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)) for part in parts]
         return [(part, self.model.plan(part.tokens)) for part in parts]
@@ -118,7 +119,7 @@ class Trainer:
         count = torch.stack([batch.tokens.real.sum() for batch, _ in micros]).sum()
         ce, routings = torch.zeros((), device=self.device), []
         for batch, plans in micros:
-            each, routed, aux_loss = self.losses(self.model, batch, plans, self.settings.data.mask_documents)
+            each, routed, aux_loss = self.losses(batch, plans)
             part = each.sum() / count
             (part + aux_loss / len(micros)).backward()
             ce += part.detach()
