@@ -89,9 +89,7 @@ class TextFiles:
         try:
             self._starts = re.compile(str(document_start)) if document_start is not None else None
         except re.error as error:
-            raise ValueError(
-                f"document_start={document_start!r} is no regular expression: {error}"
-            ) from error
+            raise ValueError(f"document_start={document_start!r} is no regular expression: {error}") from error
         split_of: dict[Path, str] = {}
         for split, paths in self.files.items():
             for path in paths:

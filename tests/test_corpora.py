@@ -41,6 +41,12 @@ def test_plain_packed_and_jsonl_files_give_the_same_documents(tmp_path):
     assert train(write(tmp_path / "a.jsonl.txt", lines)) == [lines]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = "\ufeff"
+    assert train(write(tmp_path / "a.txt", f"{mark}a\n{mark}b")) == [f"a\n{mark}b"]
+    assert train(write(tmp_path / "a.jsonl", mark + '{"text": "a"}')) == ["a"]
+
+
 def test_a_list_of_globs_takes_each_file_once(tmp_path, monkeypatch):
     write(tmp_path / "a" / "b" / "1.txt", "one")
     write(tmp_path / "a" / "2.txt", "two")
