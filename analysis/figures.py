@@ -39,23 +39,24 @@ def learning_curves(study: Study, style: dict, labels: dict[str, str], reference
     with _own_settings():
         figure = Figure(figsize=COLUMN, layout="constrained")
         FigureCanvasAgg(figure)
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        panels = figure.subplots(2 if reference in losses else 1, 1, sharex=True, squeeze=False)[:, 0]
         for arm in worst_first:
-            _line(above, curves[arm], look[arm], labels[arm])
-            if reference in losses:
-                _line(below, over_seeds((losses[arm] - losses[reference]).dropna()), look[arm])
-        _unigram(above, float(study.counted.loc[:, "val/unigram_entropy"].mean()))
-        above.legend(handlelength=3.2, borderaxespad=0.2, labelspacing=0.3)
-        above.set_ylabel("validation cross-entropy\n(nats per token)")
-        below.set_ylabel(f"difference to {labels[reference]}\n(nats per token)")
-        below.set_xlabel("training tokens (millions)")
-        above.margins(x=0.01)
+            _line(panels[0], curves[arm], look[arm], labels[arm])
+        _unigram(panels[0], float(study.counted.loc[:, "val/unigram_entropy"].mean()))
+        panels[0].legend(handlelength=3.2, borderaxespad=0.2, labelspacing=0.3)
+        panels[0].set_ylabel("validation cross-entropy\n(nats per token)")
+        panels[0].margins(x=0.01)
+        if reference in losses:
+            for arm in worst_first:
+                _line(panels[1], over_seeds((losses[arm] - losses[reference]).dropna()), look[arm])
+            panels[1].set_ylabel(f"difference to {labels[reference]}\n(nats per token)")
+        panels[-1].set_xlabel("training tokens (millions)")
         figure.align_ylabels()
     return figure
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:
-    """Mean and deviation of `losses`, indexed by (seed, tokens), at each number of tokens that all seeds have."""
+    """Mean and deviation of `losses`, indexed by (seed, tokens), where all seeds have one."""
     grouped = losses.groupby(level="tokens")
     curve = pd.DataFrame({"mean": grouped.mean(), "deviation": grouped.std(ddof=1).fillna(0.0)})
     return curve.loc[grouped.size() == losses.index.get_level_values("seed").nunique()]
@@ -92,6 +93,6 @@ def _line(axes: Axes, curve: pd.DataFrame, look: dict, label: str | None = None)
 
 def _unigram(axes: Axes, entropy: float) -> None:
     axes.axhline(entropy, color="0.35", linewidth=0.7, linestyle=":")
-    at_right = {"xy": (1, entropy), "xycoords": ("axes fraction", "data")}
-    above = {"xytext": (-1, 2), "textcoords": "offset points", "ha": "right"}
-    axes.annotate("unigram entropy", **at_right, **above, color="0.35", fontsize=6.5)
+    left = {"xy": (0, entropy), "xycoords": ("axes fraction", "data"), "ha": "left"}  # curves come from above
+    under = {"xytext": (3, -2), "textcoords": "offset points", "va": "top"}
+    axes.annotate("unigram entropy", **left, **under, color="0.35", fontsize=6.5)

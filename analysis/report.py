@@ -26,8 +26,8 @@ def report(name: str, runs: Path, results: Path, reference: str | None = None) -
 
     folder = results / study.scale / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / "table.csv", index=False, lineterminator="\n")
-    tables.behind(study).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
+    for name, rows in {"table.csv": frame, "runs.csv": tables.behind(study)}.items():
+        rows.to_csv(folder / name, index=False, float_format="%.15g", lineterminator="\n")
     (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
     figures.save(figure, folder, "figure")
     return "\n\n".join([header, terminal, notes, _where(folder, runs), *_next(study, style, runs)])

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ class Study:
     """One sweep as found on disk.
 
     runs: a row for each run of the sweep, in job order: id, arm, seed, outcome (finished, diverged, failed,
-    running, stopped, missing, unreadable, repeated or one of COMPARABLE's), why, counted, code, device, and what
-    result.json holds. curves: a row for each validation of a counted run: arm, seed, step, tokens, val/ce.
+    running, stopped, missing, unreadable, repeated or one of COMPARABLE's), why, counted, code, device, and
+    what result.json holds. curves: a row a validation of a counted run: arm, seed, step, tokens, val/ce.
     """
 
     name: str
     scale: str
+    command: str  # that started the sweep
     runs: pd.DataFrame
     curves: pd.DataFrame
     config: dict  # of the first counted run
@@ -37,7 +39,7 @@ class Study:
 
 
 def read_study(name: str, folder: Path) -> Study:
-    """Read `folder/sweeps/name.json` and the runs it lists. ValueError if it is missing or nothing has finished."""
+    """Read `folder/sweeps/name.json` and the runs it lists. ValueError if none is there or finished."""
     record = _read_record(name, folder)
     rows = compare([read_run(folder / run) for run in record["runs"]])
     counted = [row for row in rows if row["counted"]]
@@ -48,7 +50,7 @@ def read_study(name: str, folder: Path) -> Study:
     runs = pd.DataFrame([{key: value for key, value in row.items() if key != "curve"} for row in rows])
     curves = pd.concat([row["curve"] for row in counted], ignore_index=True)
     config = yaml.safe_load((folder / counted[0]["id"] / "config.yaml").read_text())
-    return Study(name, record["scale"], runs, curves, config)
+    return Study(name, record["scale"], shlex.join(record["command"]), runs, curves, config)
 
 
 def _read_record(name: str, folder: Path) -> dict:
@@ -61,7 +63,7 @@ def _read_record(name: str, folder: Path) -> dict:
     runs = list(dict.fromkeys(record["runs"]))
     if not runs or any(Path(part).name != part for part in [record["scale"], *runs]):
         raise ValueError(f"{sweeps / name}.json must list names of folders in {folder}, not {runs}")
-    return {"scale": record["scale"], "runs": runs}
+    return record | {"runs": runs}
 
 
 def read_run(folder: Path) -> dict:
@@ -94,10 +96,10 @@ def _result(folder: Path) -> dict:
     provenance = json.loads((folder / "provenance.json").read_text())
     losses = [result.get("test/ce", np.nan), result.get("val/ce", np.nan)]
     finished = result["outcome"] == "finished" and bool(np.isfinite(losses).all())
-    outcome = (
+    result |= (
         {"outcome": "finished"} if finished else {"outcome": "diverged", "why": f"at step {result['step']}"}
     )
-    return result | outcome | {"code": _code(provenance["git"]), "device": provenance["device"]}
+    return result | {"code": _code(provenance["git"]), "device": provenance["device"]}
 
 
 def _code(git: dict) -> str:
@@ -109,11 +111,8 @@ def _unfinished(folder: Path) -> dict:
     if _locked(folder / "lock"):
         return {"outcome": "running", "why": _progress(folder)}
     if (folder / "error.txt").exists():
-        lines = (folder / "error.txt").read_text(errors="replace").split("\n")
-        return {
-            "outcome": "failed",
-            "why": next((line.strip() for line in reversed(lines) if line.strip()), ""),
-        }
+        lines = (folder / "error.txt").read_text(errors="replace").strip().split("\n")
+        return {"outcome": "failed", "why": lines[-1].strip()}
     return {"outcome": "stopped", "why": _progress(folder)}
 
 
@@ -134,9 +133,9 @@ def _progress(folder: Path) -> str:
 
 
 def read_metrics(folder: Path, key: str = "step") -> pd.DataFrame:
-    """The lines of metrics.jsonl that have `key`, one row a step; of a step that is there twice, the last.
+    """The lines of metrics.jsonl that have `key`, one row a step; of a step there twice, the last.
 
-    A last line without its end, as a kill or a run at work leaves it, is left out. ValueError on other damage.
+    A last line without its end, as a kill or a running job leaves it, is left out. ValueError if another is.
     """
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -151,7 +150,8 @@ def read_metrics(folder: Path, key: str = "step") -> pd.DataFrame:
 def compare(rows: list[dict]) -> list[dict]:
     """Mark as `counted` the largest set of finished runs with equal data, token budget and code.
 
-    The others get an outcome that says why. Of sets equally large the first in job order is kept. A second run of one arm and seed is not counted either.
+    The others get an outcome that says why, and so does a second run of one arm and seed. Of sets equally
+    large the first in job order is kept.
     """
     shared = Counter(_shared(row) for row in rows if row["outcome"] == "finished")
     kept = shared.most_common(1)[0][0] if shared else ()

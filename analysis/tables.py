@@ -38,7 +38,8 @@ def _row(study: Study, arm: str, label: str, base: pd.DataFrame) -> dict:
     row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
     row |= {"separated": difference.separated}
     row["below_unigram"] = summarise(runs.loc[:, "val/unigram_entropy"] - runs.loc[:, "val/ce"]).mean
-    row["tokens_per_second"] = summarise(runs.loc[:, "tokens_per_second"]).mean
+    speeds = runs.loc[:, "tokens_per_second"].astype(float)  # none of a run too short to measure
+    row["tokens_per_second"] = float(speeds.mean(skipna=False))
     return row
 
 
@@ -71,7 +72,7 @@ def _cells(row: dict) -> list[str]:
         return [row["label"], "", "", "", n, "", "", ""]
     params = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
     test, validation = (_perplexity(row, split) for split in ("test", "val"))
-    gain, speed = f"{row['below_unigram']:.3f}", f"{row['tokens_per_second']:,.0f}"
+    gain, speed = f"{row['below_unigram']:.3f}", f"{row['tokens_per_second']:,.0f}".replace("nan", "")
     return [row["label"], params, test, validation, n, _difference(row), gain, speed]
 
 
@@ -148,9 +149,8 @@ def _left_out(study: Study) -> list[str]:
         lines.append(f"  {len(rows)} {outcome}:")
         for run, why in zip(rows.loc[:, "id"], rows.loc[:, "why"], strict=True):
             lines.append(f"    {run}" + (f" ({_short(why)})" if why else ""))
-    if left.loc[:, "outcome"].isin(["missing", "failed", "stopped"]).any():
-        lines.append(f"  to complete the sweep: python run.py -m sweeps={study.name} scale={study.scale}")
-    return lines
+    again = "  to complete or repeat them (a run that came to its end only once its folder is gone):"
+    return [*lines, again, f"    {study.command}"]
 
 
 def _short(text: str, width: int = 80) -> str:
@@ -161,4 +161,4 @@ def behind(study: Study) -> pd.DataFrame:
     """Every run of the sweep with its outcome and figures: what runs.csv holds."""
     first = ["id", "arm", "seed", "outcome", "why", "counted"]
     rest = [column for column in study.runs.columns if column not in first]
-    return study.runs.loc[:, first + rest].convert_dtypes()
+    return study.runs.loc[:, first + rest]

@@ -61,7 +61,7 @@ def hash_of(*parts) -> int:
 
 
 def write_sweep(runs: Path, folders, name="quickstart") -> None:
-    record = {"sweep": name, "scale": "smoke", "command": ["run.py", "-m", f"sweeps={name}"]}
+    record = {"sweep": name, "scale": "smoke", "command": ["python", "run.py", "-m", f"sweeps={name}"]}
     (runs / "sweeps").mkdir(parents=True, exist_ok=True)
     (runs / "sweeps" / f"{name}.json").write_text(
         json.dumps(record | {"runs": [Path(each).name for each in folders]})
@@ -176,6 +176,7 @@ def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = report("quickstart", runs, tmp_path / "results")
 
+    assert "    python run.py -m sweeps=quickstart\n" in printed
     frame = table_of(tmp_path)
     assert list(frame["n"]) == [3, 3] and list(frame["diverged"]) == [2, 0]
     assert max(frame["test_perplexity"]) < 300
@@ -209,6 +210,14 @@ def test_one_seed_gives_a_table_without_deviations(tmp_path):
     assert "no interval: it takes two pairs or more" in printed
 
 
+def test_without_a_finished_reference_there_are_means_but_no_differences(tmp_path):
+    runs = tmp_path / "runs"
+    folders = [write_run(runs, "switch", seed, 5.3, tokens_per_second=None) for seed in (0, 1)]
+    write_sweep(runs, [runs / "dense-s0-00000000", *folders])
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert "0 of 1" in printed and "no pair" in printed and "nan" not in printed
+
+
 def test_a_cut_last_line_and_repeated_steps_change_nothing(whole):
     before = read_study("quickstart", whole).curves
     metrics = next(whole.glob("switch-s1-*")) / "metrics.jsonl"
@@ -217,7 +226,7 @@ def test_a_cut_last_line_and_repeated_steps_change_nothing(whole):
         json.dumps({"step": 40, "val/ce": 99.0, "tokens": 81920})
         + "\n"
         + "".join(lines)
-        + '{"step": 220, "val/c'
+        + '{"step": 220, "val/ce": 5.'
     )
     pd.testing.assert_frame_equal(
         read_study("quickstart", whole).curves.reset_index(drop=True), before.reset_index(drop=True)
