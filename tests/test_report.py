@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,10 @@ def write_run(
     runs: Path, arm: str, seed: int, ce: float, commit="a" * 40, dirty=None, fingerprint="data0", **result
 ) -> Path:
     """One finished run of 200 steps whose test loss is `ce`."""
-    folder = runs / f"{arm}-s{seed}-{abs(hash_of(arm, seed, commit, dirty, fingerprint, result)):08x}"
+    folder = (
+        runs
+        / f"{arm}-s{seed}-{zlib.crc32(repr((arm, seed, commit, dirty, fingerprint, result)).encode()):08x}"
+    )
     folder.mkdir(parents=True)
     corpus = {"_target_": "data.corpora.StandardLibrary", "validation_share": 0.015, "test_share": 0.015}
     (folder / "config.yaml").write_text(
@@ -53,11 +57,6 @@ def write_run(
         figures |= {f"{split}/ce": loss, f"{split}/perplexity": math.exp(loss)}
     (folder / "result.json").write_text(json.dumps(figures | result))
     return folder
-
-
-def hash_of(*parts) -> int:
-    """An id for a folder, the same in every process."""
-    return sum(ord(letter) * 31**i for i, letter in enumerate(repr(parts))) % 2**32
 
 
 def write_sweep(runs: Path, folders, name="quickstart") -> None:
