@@ -132,10 +132,8 @@ def test_made_again_every_file_is_the_same_bytes(whole, tmp_path):
         tmp_path / "two",
     ]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
-    one, two = (
-        {path.name: path.read_bytes() for path in (tmp_path / again / "smoke" / "quickstart").iterdir()}
-        for again in ("one", "two")
-    )
+    made = [tmp_path / again / "smoke" / "quickstart" for again in ("one", "two")]
+    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in made)
     assert len(one) == 5
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
