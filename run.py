@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -18,19 +20,22 @@ from training import job  # noqa: E402
 from training.targets import one_line  # noqa: E402
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-def composed(config: DictConfig) -> None:
-    sys.exit(job.run(config))
-
-
-def main() -> None:
-    """Exit with 0 when done, 2 and one line on standard error for what is wrong before any work, else as job.run."""
+@contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """What is wrong before any work: one line on standard error and exit status 2, not a page."""
     try:
-        composed()
+        yield
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def composed(config: DictConfig) -> None:
+    with errors_as_one_line():
+        sys.exit(job.run(config))
+
+
 if __name__ == "__main__":
-    main()
+    with errors_as_one_line():
+        composed()

@@ -4,7 +4,7 @@ B sequences a step, S sequence length, N windows in a split.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ class Batch(NamedTuple):
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
-        tokens = Tokens(*(None if field is None else change(field) for field in self.tokens))
-        return Batch(tokens, change(self.target), change(self.document))
+        changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in self.tokens._asdict().items()}
+        return Batch(Tokens(**changed), change(self.target), change(self.document))
 
 
 def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> Batch:

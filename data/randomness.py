@@ -1,4 +1,4 @@
-"""All randomness: generators seeded by name, and noise that is a pure function of integer keys. The global generators are never touched."""
+"""All randomness: generators seeded by name, and noise as a pure function of integers; no global generator."""
 
 import hashlib
 

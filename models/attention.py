@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention without biases. rotary: rotate queries and keys (Su et al., arXiv 2104.09864)."""
+    """Multi-head causal self-attention, no biases. rotary: rotate queries and keys (Su et al., arXiv 2104.09864)."""
 
     def __init__(self, d_model: int, num_heads: int, rotary: bool):
         super().__init__()

@@ -23,7 +23,9 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     else:
         good = dtype == torch.float32
     if wanted == "grouped_mm" and not good:
-        raise ValueError(f"model.dispatch=grouped_mm needs bf16 on a Hopper GPU or float32 on a CPU; got {dtype} on {device}")
+        raise ValueError(
+            f"model.dispatch=grouped_mm needs bf16 on a Hopper GPU or float32 on a CPU; got {dtype} on {device}"
+        )
     return ("grouped_mm" if good else "loop") if wanted == "auto" else wanted
 
 

@@ -19,7 +19,10 @@ from models.experts import ACTIVATIONS, Experts
 from models.feedforward import FeedForward, SparseFeedForward
 from routers.routing import Plan, Router, Routing
 
-NORMS = {"layernorm": lambda width: nn.LayerNorm(width, bias=False), "rmsnorm": lambda width: nn.RMSNorm(width, eps=1e-6)}
+NORMS = {
+    "layernorm": lambda width: nn.LayerNorm(width, bias=False),
+    "rmsnorm": lambda width: nn.RMSNorm(width, eps=1e-6),
+}
 POSITIONS = ("learned", "rotary")
 
 
@@ -60,7 +63,7 @@ class ModelSettings:
         for layer in self.sparse_layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(
-                    f"model.sparse_layers must lie in 0..{self.num_layers - 1} (model.num_layers={self.num_layers}); got {layer}"
+                    f"model.sparse_layers must lie in 0..{self.num_layers - 1} (num_layers - 1); got {layer}"
                 )
         if len(set(self.sparse_layers)) < len(self.sparse_layers):
             raise ValueError(f"model.sparse_layers must not repeat a layer; got {self.sparse_layers}")
@@ -122,7 +125,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal(0, 0.02), products into the residual stream divided by sqrt(2 L) (GPT-2); norms 1. Routers draw their own."""
+        """Normal(0, 0.02), what feeds the residual stream over sqrt(2 L) (GPT-2); norms 1; routers draw their own."""
         residual = 0.02 / (2 * self.settings.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if ".router." in name or parameter.dim() == 1:
@@ -132,9 +135,15 @@ class Transformer(nn.Module):
                 part.normal_(0.0, deviation, generator=generator(seed, name, index))
 
     @property
+    def sparse(self) -> dict[int, SparseFeedForward]:
+        """Sparse layer -> its feed-forward."""
+        ffns = {layer: block.ffn for layer, block in enumerate(self.blocks)}
+        return {layer: ffn for layer, ffn in ffns.items() if isinstance(ffn, SparseFeedForward)}
+
+    @property
     def routers(self) -> dict[int, Router]:
         """Sparse layer -> its router."""
-        return {i: block.ffn.router for i, block in enumerate(self.blocks) if isinstance(block.ffn, SparseFeedForward)}
+        return {layer: ffn.router for layer, ffn in self.sparse.items()}
 
     def plan(self, tokens: Tokens) -> dict[int, Plan]:
         """The plans of the routers that need tokens alone. Made with the batch, on the batch's device."""
@@ -160,9 +169,9 @@ class Transformer(nn.Module):
         """active: parameters that touch one token's output; total: all of them."""
         total = sum(p.numel() for p in self.parameters())
         idle = 0
-        for layer, router in self.routers.items():
-            expert = sum(p.numel() for p in self.blocks[layer].ffn.experts.parameters()) // self.num_experts
-            idle += expert * (self.num_experts - router.experts_per_token)
+        for ffn in self.sparse.values():
+            expert = sum(p.numel() for p in ffn.experts.parameters()) // self.num_experts
+            idle += expert * (self.num_experts - ffn.router.experts_per_token)
         return {"active": total - idle, "total": total}
 
     def train_flops_per_token(self) -> int:

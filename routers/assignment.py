@@ -22,7 +22,7 @@ class Assignment(NamedTuple):
     gap: float  # certified distance to the optimum: (bound - value) / (T * standard deviation of the scores)
 
 
-def balanced_assignment(scores: Tensor, price_steps: int = 10) -> Assignment:
+def balanced_assignment(scores: Tensor, price_steps: int = 16) -> Assignment:
     """Assign each token once. scores (T, E) floating, any device. Raises ValueError if a score is not finite."""
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("balanced assignment needs finite scores; the run has diverged")
@@ -50,20 +50,20 @@ def upper_bound(scores: np.ndarray, prices: np.ndarray) -> float:
 def balancing_prices(scores: Tensor, steps: int) -> Tensor:
     """(E,) prices at which argmax(scores - prices) loads the experts nearly evenly.
 
-    Each step moves every price halfway to where its expert alone would have load c + 1/2: the margin by which
-    its last wanted token prefers it to the best of the others.
+    Each step moves every price halfway to where its expert alone would get its share: the margin by which the last
+    of the c tokens that want it most prefers it to the best of the others.
     """
     tokens, experts = scores.shape
     prices = scores.new_zeros(experts)
     if experts == 1 or tokens < experts:
         return prices
-    wanted = tokens - tokens // experts  # kthvalue counts from the smallest
+    columns = scores.T.contiguous()  # (E, T)
     for _ in range(steps):
-        best, second = (scores - prices).topk(2, dim=1).values.unbind(1)
-        reduced = scores - prices
-        others = torch.where(reduced == best[:, None], second[:, None], best[:, None])
-        margin = reduced - others  # >= 0 where the token wants the expert
-        prices = prices + 0.5 * margin.kthvalue(wanted, dim=0).values
+        reduced = columns - prices[:, None]
+        best, winner = reduced.max(0)
+        second = reduced.scatter(0, winner[None], -torch.inf).amax(0)
+        margin = (reduced - best).scatter_(0, winner[None], (best - second)[None])  # >= 0 where the token wants it
+        prices = prices + 0.5 * margin.kthvalue(tokens - tokens // experts, dim=1).values
     return prices
 
 
@@ -90,16 +90,17 @@ def _balance(scores: np.ndarray, expert: np.ndarray) -> None:
         last = int(length.argmin())
         if exact and not length[last] < -tolerance:
             return
+        path = [last]
         while step[last] >= 0:
             first = int(step[last])
             members = np.flatnonzero(expert == first)
             moved = members[(scores[members, first] - scores[members, last]).argmin()]
             expert[moved] = last
-            load[first] -= 1
-            load[last] += 1
-            cost[first] = _move_costs(scores, expert, first)
-            cost[last] = _move_costs(scores, expert, last)
-            last = first
+            path.append(last := first)
+        load[path[0]] += 1
+        load[path[-1]] -= 1
+        for changed in path:
+            cost[changed] = _move_costs(scores, expert, changed)
 
 
 def _move_costs(scores: np.ndarray, expert: np.ndarray, j: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""BASE: balanced assignment in training, greedy in evaluation (Lewis et al., arXiv 2103.16716, sections 3.2 and 3.3)."""
+"""BASE: balanced assignment in training, greedy in evaluation (Lewis et al., arXiv 2103.16716, section 3)."""
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,10 @@ class BalancedAssignment(Router):
         else:
             expert = scores.argmax(-1)
         weight = scores.gather(-1, expert[..., None]).squeeze(-1).sigmoid()
-        return one_each(expert, weight * tokens.real, **report)
+        return one_each(expert, weight * tokens.real, report=report)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def assign_groups(scores: Tensor, real: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Assign the real tokens of every `group` sequences on their own. scores (B, S, E), real (B, S).
 

@@ -9,7 +9,7 @@ from data.batches import Tokens
 
 
 class Feature(NamedTuple):
-    """keys(tokens) gives one key a token; counts says how often each key stands in the training split, if that is known."""
+    """keys(tokens) gives one key a token; counts says how often each key stands in the training split."""
 
     keys: Callable[[Tokens], Tensor]
     counts: Callable[[Tensor], Tensor]  # token counts (V,) -> key counts (number of keys,)

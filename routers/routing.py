@@ -95,13 +95,17 @@ def count(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Ten
     return torch.zeros(num_experts, dtype=weight.dtype, device=expert.device).scatter_add_(0, expert, weight)
 
 
-def one_each(expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, **report: Tensor) -> Routing:
+def one_each(
+    expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict[str, Tensor] | None = None
+) -> Routing:
     """A routing of one expert a token. expert (B, S); weight (B, S), cast to at least float32."""
     expert = expert.reshape(-1)
     weight = weight.reshape(-1)
     weight = weight if weight.dtype == torch.float64 else weight.float()
     token = torch.arange(len(expert), device=expert.device)
-    return Routing(token, expert, weight, weight.new_zeros(()) if aux_loss is None else aux_loss, report, fan_out=1)
+    return Routing(
+        token, expert, weight, weight.new_zeros(()) if aux_loss is None else aux_loss, report or {}, fan_out=1
+    )
 
 
 def load_of(routing: Routing, num_experts: int) -> Tensor:
@@ -131,7 +135,7 @@ def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, 
 
 
 def joined(routings: list[Routing], num_tokens: int) -> Routing:
-    """The routing of a step from those of its micro-batches of num_tokens each, detached. aux_loss and report: means."""
+    """The routing of a step from its micro-batches' of num_tokens each, detached. aux_loss and report: means."""
 
     def mean(values: list[Tensor]) -> Tensor:
         return torch.stack([value.detach().double() for value in values]).mean()

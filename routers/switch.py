@@ -1,4 +1,4 @@
-"""Switch: learned top-1 routing with capacity and a load-balancing loss (Fedus, Zoph, Shazeer, arXiv 2101.03961, section 2).
+"""Switch: learned top-1 routing with capacity and a load-balancing loss (Fedus et al., arXiv 2101.03961, section 2).
 
 G routing groups, N tokens a group, E experts
 """

@@ -20,18 +20,17 @@ def balanced_table(counts: Tensor, num_experts: int, generator: torch.Generator)
 
     Done plainly this has no draw: two tables would be one partition under other names. So keys are visited in order
     of count * exp(0.1 z), z standard normal; loads add the true counts; ties go to a random least-loaded expert.
-    A key that training never shows counts as one, else all such keys would meet in one expert.
+    Keys that training never shows carry no load, and would all meet in one expert: theirs is uniformly random.
     counts (V,) -> (V,) int64.
     """
-    counts = counts.clamp(min=1)
     noise = torch.randn(counts.shape, generator=generator, dtype=torch.float64)
     order = torch.argsort(counts * torch.exp(0.1 * noise), descending=True, stable=True).tolist()
     ties = torch.randint(2**31, counts.shape, generator=generator).tolist()
     frequency = counts.tolist()
     groups: dict[int, list[int]] = {0: list(range(num_experts))}  # load -> experts that have it
     loads = [0]  # a heap of the loads in groups
-    table = [0] * len(frequency)
-    for key in order:
+    table = torch.randint(num_experts, counts.shape, generator=generator).tolist()
+    for key in order[: int((counts > 0).sum())]:
         experts = groups[loads[0]]
         choice = ties[key] % len(experts)
         experts[choice], experts[-1] = experts[-1], experts[choice]

@@ -16,11 +16,7 @@ class Display:
     def __init__(self, jobs: Sequence[Job], slots: int):
         self.jobs, self.slots = jobs, slots
         self.console = Console(soft_wrap=True)
-        self.live = (
-            Live(console=self.console, auto_refresh=False, transient=True)
-            if self.console.is_terminal
-            else None
-        )
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self.began = self.said = time.time()
 
     def __enter__(self) -> "Display":
@@ -57,9 +53,7 @@ class Display:
     def summary(self) -> None:
         """The last lines: all is well, or what is not finished, why, and how to go on."""
         finished = sum(job.status == 0 for job in self.jobs)
-        self.say(
-            f"{finished} of {len(self.jobs)} jobs are finished, after {duration(time.time() - self.began)}"
-        )
+        self.say(f"{finished} of {len(self.jobs)} jobs are finished, after {duration(time.time() - self.began)}")
         for job in self.jobs:
             if job.status:
                 self.say(f"  {job.folder.name} {job.outcome()}\n    {job.console}")

@@ -18,9 +18,7 @@ class Job:
 
     folder: Path  # its run folder
     config: str  # its resolved config as yaml: all that travels to its process
-    status: int | None = (
-        None  # exit status, -N if signal N has killed it; 0 from the start if the run is finished
-    )
+    status: int | None = None  # exit status, -N if signal N has killed it; 0 from the start if the run is finished
     process: BaseProcess | None = None
     slot: dict[str, str] = field(default_factory=dict)  # its environment variables
     began: float = 0.0  # seconds, time.time()
@@ -51,9 +49,7 @@ class Job:
 
     def progress(self) -> dict[str, float]:
         """The newest complete training line of metrics.jsonl; {} before the first."""
-        lines = tail(self.folder / "metrics.jsonl").split(b"\n")[
-            :-1
-        ]  # what follows the last newline is being written
+        lines = tail(self.folder / "metrics.jsonl").split(b"\n")[:-1]  # what follows the last newline is being written
         return next((json.loads(line) for line in reversed(lines) if b'"train/ce"' in line), {})
 
     def to_go(self) -> float | None:

@@ -1,5 +1,6 @@
 """The queue, with real processes. As a script, with FOLDER SLOTS BEHAVIOUR..., this file is the launcher."""
 
+import importlib
 import json
 import os
 import signal
@@ -57,8 +58,9 @@ def behave(cfg: DictConfig) -> int:
             time.sleep(600)
         case "save":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-            subprocess.Popen(["sleep", "600"])  # a service that outlives its job unless it is ended
             time.sleep(600)
+        case "orphan":
+            subprocess.Popen(["sleep", "600"])
     time.sleep(0.2)
     (folder / "result.json").write_text(
         '{"outcome": "finished", "val/ce": 5.307, "tokens_per_second": 31400.0}'
@@ -183,7 +185,7 @@ def test_a_stopped_launcher_leaves_no_process_behind(tmp_path, number):
     launcher = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
     wait_until(lambda: len(facts_written(tmp_path)) == 2)
     time.sleep(0.5)
-    assert len(alive(marker)) >= 5  # launcher, fork server, two jobs, a service
+    assert len(alive(marker)) >= 4  # launcher, fork server, two jobs
     launcher.send_signal(number)
     output, _ = launcher.communicate(timeout=60)
     wait_until(lambda: not alive(marker))
@@ -191,6 +193,12 @@ def test_a_stopped_launcher_leaves_no_process_behind(tmp_path, number):
     if number != signal.SIGKILL:
         assert launcher.returncode == 128 + number
         assert "0-save interrupted" in output and "The same command again" in output
+
+
+def test_what_a_job_leaves_running_is_ended_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUEUE_TEST", str(tmp_path))
+    assert call(tmp_path, 1, "orphan").returncode == 0
+    wait_until(lambda: not alive(f"QUEUE_TEST={tmp_path}"))
 
 
 def facts_written(folder: Path) -> list[Path]:
@@ -205,7 +213,7 @@ def test_progress_is_the_last_complete_training_line(tmp_path):
         json.dumps(line | {"step": 40}),
         json.dumps(line),
         '{"step": 50, "val/ce": 6.0}',
-        '{"step": 60, "train/c',
+        '{"step": 60, "train/ce": 6.1, "tok',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert job.progress() == line
@@ -220,6 +228,57 @@ def test_time_to_go_counts_the_jobs_left_at_the_pace_of_those_finished(tmp_path)
     ended.status, ended.seconds, running.began = 0, 30.0, time.time() - 10
     assert Display([ended, running, left], 1).to_go([running], 1) == pytest.approx(50, abs=1)
     assert [duration(seconds) for seconds in (14.2, 180, 7500)] == ["14 s", "3 min", "2 h 05 min"]
+
+
+def test_a_slot_is_a_visible_gpu_times_jobs_per_gpu_or_else_the_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "sweeps")
+    launcher = importlib.import_module("hydra_plugins.local_queue").LocalQueue(2, 3, 20, None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("auto")] == ["0", "1", "0", "1"]
+    assert launcher.slots("cpu") == [{}] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("cuda")] == ["5", "7", "5", "7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert launcher.slots("auto") == [{}] * 3
+
+
+def multirun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    arguments = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        f"runs={folder}/runs",
+        "wandb.mode=disabled",
+        *overrides,
+    ]
+    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def test_a_sweep_with_one_wrong_job_starts_nothing_and_names_it(tmp_path):
+    done = multirun(tmp_path, "router=dense", "model.num_heads=4,7")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "model.num_heads=7" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("runs/dense-*"))
+
+
+def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(tmp_path):
+    for name in ("train-a", "train-b", "held", "last"):
+        lines = [f"{name} {number} is {number * number}\n" for number in range(3000)]
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    files = {"files": "train-*", "validation_files": "held", "test_files": "last"}
+    data = [f"data.corpus.{key}={tmp_path}/{name}.txt" for key, name in files.items()]
+    data += ["data=text", f"data.cache={tmp_path}/cache", "data.vocab_size=300"]
+    sweep = [*data, "router=dense", "seed=0,1,1", "train.steps=1", "train.warmup_steps=0"]
+    first = multirun(tmp_path, *sweep)
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert "2 of 2 jobs are finished" in first.stdout and first.stderr == ""
+    runs = json.loads((tmp_path / "runs" / "sweeps" / "sweep.json").read_text())["runs"]
+    assert [name.rsplit("-", 1)[0] for name in runs] == ["dense-s0", "dense-s1"]
+    assert all((tmp_path / "runs" / name / "result.json").exists() for name in runs)
+    again = multirun(tmp_path, *sweep)
+    assert again.returncode == 0 and "2 of 2 jobs are finished already: skipped" in again.stdout
+    assert "started" not in again.stdout
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.prepare import Prepared
+from models.transformer import Transformer
 from training.build import make_model, open_data
 from training.preflight import read
 from training.settings import Settings
@@ -136,7 +138,7 @@ def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
 
 
 class LoadedRun(NamedTuple):
-    model: nn.Module  # on the CPU, in evaluation mode, with the final weights
+    model: Transformer  # on the CPU, in evaluation mode, with the final weights
     settings: Settings
     prepared: Prepared  # data and tokenizer
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
@@ -148,7 +150,7 @@ def load_run(folder: str | Path) -> LoadedRun:
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
-    settings = read(OmegaConf.load(folder / "config.yaml"))
+    settings = read(DictConfig(yaml.safe_load((folder / "config.yaml").read_text())))
     last = latest(folder / "checkpoints")
     if last is None:
         raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")

@@ -79,7 +79,11 @@ def evaluate(
                 token = moved.tokens.id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
                 experts[layer] += count(token * model.num_experts + routing.expert, len(experts[layer]), served).cpu()
-    result = {f"{name}_{what}": torch.from_numpy(row) for name, s in sums.items() for what, row in zip(("ce_sum", "tokens"), s)}
+    result = {
+        f"{name}_{what}": torch.from_numpy(row)
+        for name, s in sums.items()
+        for what, row in zip(("ce_sum", "tokens"), s)
+    }
     result |= {f"{key}_tokens": result[f"{key}_tokens"].long() for key in sums}
     for layer, counted in experts.items():
         result[f"token_expert/{layer}"] = counted.view(len(token_counts), model.num_experts)

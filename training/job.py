@@ -79,7 +79,9 @@ def _train(opened: Run) -> int:
     model = make_model(settings, prepared, device).to(device)
     optimizer = make_optimizer(model, settings.train)
     checkpoints = folder / "checkpoints"
-    require_space(folder, 7 * sum(p.numel() * p.element_size() for p in model.parameters()))  # two, three times as large
+    require_space(
+        folder, 7 * sum(p.numel() * p.element_size() for p in model.parameters())
+    )  # two, three times as large
     last = checkpoint.latest(checkpoints)
     progress = Progress(**checkpoint.restore(last, model, optimizer)) if last else Progress()
     origin = provenance(prepared, model, device, precision(settings, device))
@@ -160,7 +162,9 @@ def _finish(
         "data_fingerprint": opened.prepared.fingerprint,
     }
     if final:
-        tensors = {f"{split}/{name}": value.contiguous() for split, sums in final.items() for name, value in sums.items()}
+        tensors = {
+            f"{split}/{name}": value.contiguous() for split, sums in final.items() for name, value in sums.items()
+        }
         save_file(tensors, folder / "evaluation.safetensors")
         recorder.say(
             f"finished: perplexity {result['val/perplexity']:.2f} on validation ({result['val/ce']:.4f} nats), "

@@ -110,7 +110,9 @@ class Trainer:
         firsts = range(0, len(batch.target), size)
         parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]
         if self.device.type == "cuda":
-            parts = [part.apply(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)) for part in parts]
+            parts = [
+                part.apply(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)) for part in parts
+            ]
         return [(part, self.model.plan(part.tokens)) for part in parts]
 
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:

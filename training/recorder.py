@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress as Bar
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from data.prepare import Prepared
 from models.transformer import Transformer
@@ -106,7 +106,7 @@ class Mirror:
                 id=folder.name,
                 name=folder.name,
                 dir=folder,
-                mode=settings.wandb.mode,
+                mode=settings.wandb.mode,  # type: ignore[arg-type]
                 project=settings.wandb.project,
                 entity=settings.wandb.entity,
                 group=settings.sweep,
@@ -139,7 +139,9 @@ class Mirror:
             yield
         except Exception as error:  # whatever wandb does wrong, the files are the record
             self.run = None
-            self.say(f"warning: wandb failed and is off for this run ({type(error).__name__}: {str(error).splitlines()[0]})")
+            self.say(
+                f"warning: wandb failed and is off for this run ({type(error).__name__}: {str(error).splitlines()[0]})"
+            )
 
 
 def _cut_metrics(path: Path, step: int):

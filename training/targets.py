@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGES = ("routers", "models", "data")
+SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | None)]
 
 
 def target(node: dict[str, Any]) -> tuple[type, dict[str, Any]]:
@@ -30,7 +31,8 @@ def target(node: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     for key in given:
         if key not in hints:
             raise ValueError(f"{path} has no option {key}; it takes {', '.join(hints) or 'none'}")
-    schema = OmegaConf.structured(dataclasses.make_dataclass(name, [(key, hints[key]) for key in given]))
+    typed = [(key, hints[key] if hints[key] in SIMPLE else Any) for key in given]  # the class checks the rest itself
+    schema = OmegaConf.structured(dataclasses.make_dataclass(name, typed))
     try:
         return found, {str(k): v for k, v in OmegaConf.to_container(OmegaConf.merge(schema, given)).items()}  # type: ignore
     except OmegaConfBaseException as error:
@@ -45,7 +47,9 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
         return
     for key, value in node.items():
         if key == "_target_" and value is not None and str(value).split(".")[0] not in packages:
-            raise ValueError(f"{place}_target_ must be a class of {', '.join(packages)} (see extra_packages); got {value}")
+            raise ValueError(
+                f"{place}_target_ must be a class of {', '.join(packages)} (see extra_packages); got {value}"
+            )
         check_targets(value, f"{place}{key}.", packages)
 
 

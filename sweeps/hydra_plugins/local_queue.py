@@ -20,6 +20,9 @@ from training.checkpoint import write_atomically
 from training.preflight import read
 from training.settings import Settings
 
+# What a job imports only on its way, in about 3 s: run.py's part, the optimizer's, and wandb's.
+PRELOAD = ("hydra", "torch._dynamo", "wandb", "wandb.sdk.launch.inputs.internal")
+
 
 class LocalQueue(Launcher):
     """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots; finished runs are skipped.
@@ -55,16 +58,14 @@ class LocalQueue(Launcher):
             list(jobs.values()),
             self.slots(configs[0].device),
             target="training.job:run",
-            preload=("hydra",),
+            preload=PRELOAD,
             grace_seconds=self.grace_seconds,
             timeout_seconds=self.timeout_seconds,
         )
         if not queue.run():
             raise SystemExit(128 + queue.signals[0] if queue.signals else 1)
         return [
-            JobReturn(
-                overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=jobs[folder].status
-            )
+            JobReturn(overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=jobs[folder].status)
             for overrides, config, folder in zip(job_overrides, configs, folders)
         ]
 

@@ -1,0 +1,34 @@
+# make quickstart | test | check | format: each makes .venv and installs what it needs.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test lint check format
+
+quickstart: .venv/installed
+	@$(BIN)/python run.py -m sweeps=quickstart
+	@$(BIN)/python -m analysis.report quickstart
+
+test: .venv/installed
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+check: lint test
+
+format: .venv/installed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.venv/installed: requirements.lock pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "Switchyard needs Python 3.11, 3.12 or 3.13 on the path" >&2; exit 1; fi
+	@echo "installing into .venv with $(PYTHON): some minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -r requirements.lock
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,130 @@
+"""Shared by the tests: sites, tokens and models small enough for hand arithmetic, and runs made by run.py's own code."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from data.batches import Batch, make_batch
+from data.randomness import generator, mix
+from data.tokenizer import BEGIN, END
+from models.experts import Experts
+from models.transformer import ModelSettings, Transformer
+from routers.routing import Router, Site
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB, LENGTH, WIDTH, EXPERTS = 40, 12, 16, 4
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def the_global_generator_is_never_touched():
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was touched"
+
+
+def make_site(**changes) -> Site:
+    counts = torch.arange(VOCAB, 0, -1) ** 2
+    site = {"layer": 1, "num_experts": EXPERTS, "d_model": WIDTH, "vocab_size": VOCAB, "token_counts": counts}
+    return Site(**site | {"begin": BEGIN, "end": END, "routing_group": 2, "seed": 0} | changes)
+
+
+def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int = 0) -> Batch:
+    """Random windows with document ends among them; the last row ends with some padding."""
+    window = torch.randint(VOCAB, (rows, length + 1), generator=generator(seed, "window"))
+    document = torch.cumsum(window == END, 1) - (window == END).long()
+    real = torch.ones(rows, length, dtype=torch.bool)
+    if padding:
+        real[-1, -padding:] = False
+    return make_batch(window, document, real, mix(torch.tensor(seed), torch.arange(rows)))
+
+
+def make_transformer(make_router=None, experts: int = EXPERTS, seed: int = 0, path: str = "grouped_mm", **changes):
+    settings = {"num_layers": 2, "d_model": WIDTH, "d_ff": 32, "num_heads": 2, "norm": "layernorm", "dispatch": "auto"}
+    settings |= {"positions": "rotary", "activation": "relu", "sparse_layers": [1]}
+    settings = ModelSettings(**settings | changes)
+    settings.check()
+    make_experts = functools.partial(Experts, d_model=WIDTH, d_ff=32, activation=settings.activation)
+    return Transformer(settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path)
+
+
+def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """With parameters of size O(1), so that routers decide and errors show."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(0, 0.5, generator=generator(seed, "shaken", name))
+    return module
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """What run.py would get from these words on the command line."""
+    with warnings.catch_warnings(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["hydra.searchpath=[file://" + str(ROOT) + "]", *overrides]
+        config = compose("config", words, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep
+        del config["hydra"]
+    return config
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of small text files, and of nothing that changes with the machine."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draws = generator("corpus")
+    words = ["".join(chr(97 + int(c)) for c in torch.randint(8, (3,), generator=draws)) for _ in range(60)]
+    for number in range(40):
+        picked = torch.randint(60, (400,), generator=draws) * torch.randint(2, (400,), generator=draws)
+        (folder / f"{number}.txt").write_text(" ".join(words[int(i)] for i in picked))
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path, tmp_path_factory) -> list[str]:
+    """Overrides that make a run of a second on the small corpus; runs go to tmp_path/runs."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    return [
+        "data=text",
+        f"data.corpus.files={corpus}/*.txt",
+        "data.corpus.validation_share=0.1",
+        "data.corpus.test_share=0.1",
+        f"data.cache={cache}",
+        "data.vocab_size=300",
+        "data.sequence_length=32",
+        "model.num_layers=2",
+        "model.d_model=32",
+        "model.d_ff=64",
+        "model.num_heads=2",
+        "num_experts=4",
+        "train.steps=12",
+        "train.batch_size=4",
+        "train.routing_group=2",
+        "train.warmup_steps=2",
+        "record.log_every=1",
+        "record.evaluate_every=6",
+        "record.checkpoint_every=0",
+        "wandb.mode=disabled",
+        f"runs={tmp_path}/runs",
+    ]
+
+
+def router_of(name: str, site: Site) -> Router:
+    """The router that conf/router/<name>.yaml describes."""
+    from training.targets import target
+
+    found, options = target({str(k): v for k, v in compose_config(f"router={name}").router.items()})
+    return found(site, **options)
+
+
+ROUTERS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml") if path.stem != "dense")

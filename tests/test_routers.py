@@ -1,0 +1,289 @@
+import math
+
+import pytest
+import torch
+from conftest import EXPERTS, LENGTH, ROUTERS, VOCAB, WIDTH, make_site, router_of, shaken, some_batch
+
+from data.randomness import generator, uniform
+from routers.base_layers import BalancedAssignment
+from routers.hash import Hash
+from routers.routing import Plan, Routing, check, joined, load_metrics, load_of, make_plan
+from routers.switch import Switch, balance_loss, within_capacity
+from routers.tables import TABLES, balance_bound, balanced_table
+
+
+def hidden_of(batch, seed=0):
+    return torch.randn(*batch.target.shape, WIDTH, generator=generator(seed, "hidden"))
+
+
+def one_hot(experts: list[int], number: int) -> torch.Tensor:
+    return torch.eye(number, dtype=torch.long)[torch.tensor(experts)][None]
+
+
+# every router
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_routing_keeps_its_promises_and_its_plan_is_its_own(name, training):
+    router = shaken(router_of(name, make_site())).train(training)
+    batch = some_batch(padding=3)
+    routing = router(hidden_of(batch), batch.tokens)
+    check(routing, batch.target.numel(), EXPERTS)
+    assert torch.equal(routing.weight.view_as(batch.target)[-1, -3:], torch.zeros(3))
+    plan = router.plan(batch.tokens)
+    if plan is not None:
+        assert all(torch.equal(a, b) for a, b in zip(plan, make_plan(routing.expert, EXPERTS), strict=True))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_same_seed_same_router_other_seed_or_layer_another(name):
+    def state(**changes):
+        return router_of(name, make_site(**changes)).state_dict()
+
+    first = state()
+    assert all(torch.equal(first[key], value) for key, value in state().items())
+    for change in ({"seed": 1}, {"layer": 0}):
+        assert any(not torch.equal(first[key], value) for key, value in state(**change).items())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_evaluation_is_pure_and_free_of_batch_mates(name):
+    router = shaken(router_of(name, make_site(routing_group=1))).eval()
+    batch = some_batch()
+    hidden = hidden_of(batch)
+    whole, again = router(hidden, batch.tokens), router(hidden, batch.tokens)
+    alone = [router(hidden[i : i + 1], batch.apply(lambda t, i=i: t[i : i + 1]).tokens) for i in range(4)]
+    assert torch.equal(whole.expert, again.expert)
+    assert torch.equal(whole.expert, torch.cat([r.expert for r in alone]))
+    torch.testing.assert_close(whole.weight, torch.cat([r.weight for r in alone]))
+
+
+def test_a_plan_sorts_assignments_by_expert_and_keeps_their_order():
+    plan = make_plan(torch.tensor([2, 0, 2, 3, 0]), 5)
+    assert isinstance(plan, Plan)
+    assert plan.order.tolist() == [1, 4, 0, 2, 3]
+    assert plan.inverse.tolist() == [2, 0, 3, 4, 1]
+    assert plan.offsets.tolist() == [2, 2, 4, 5, 5]
+    assert plan.offsets.dtype == torch.int32
+
+
+def test_load_metrics_by_hand():
+    # 5 real tokens and one of padding over 4 experts: loads 2, 1, 1, 0; the fifth is over capacity
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    routing = Routing(torch.arange(6), torch.tensor([0, 0, 1, 2, 0, 0]), weight, torch.tensor(0.5), {"x": torch.tensor(7)})
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    metrics = {name: float(value) for name, value in load_metrics(routing, real, 4).items()}
+    assert load_of(routing, 4).tolist() == [2, 1, 1, 0]
+    entropy = (0.5 * math.log(2) + 2 * 0.25 * math.log(4)) / math.log(4)
+    assert metrics == pytest.approx(
+        {"max_over_mean": 2.0, "entropy": entropy, "dropped": 0.2, "unused": 1, "aux_loss": 0.5, "x": 7}
+    )
+
+
+def test_routings_of_micro_batches_join_to_that_of_the_batch():
+    router = shaken(router_of("switch", make_site()))
+    batch = some_batch()
+    hidden = hidden_of(batch)
+    halves = [router(hidden[i : i + 2], batch.apply(lambda t, i=i: t[i : i + 2]).tokens) for i in (0, 2)]
+    whole, both = router(hidden, batch.tokens), joined(halves, 2 * LENGTH)
+    assert torch.equal(whole.token, both.token)
+    assert torch.equal(whole.expert, both.expert)
+    torch.testing.assert_close(whole.weight, both.weight)
+    torch.testing.assert_close(whole.aux_loss.double(), both.aux_loss)
+
+
+# hash
+
+
+def test_a_hash_sends_equal_tokens_to_equal_experts_with_weight_one():
+    router = Hash(make_site(), feature="token", table="balanced")
+    batch = some_batch()
+    routing = router(hidden_of(batch), batch.tokens)
+    assert torch.equal(routing.expert, router.table[batch.tokens.id.reshape(-1)])
+    assert torch.equal(routing.weight, torch.ones(48))
+    assert float(routing.aux_loss) == 0
+    assert not list(router.parameters())
+    assert "table" in router.state_dict()
+
+
+def test_balanced_loads_reach_the_bound():
+    zipf = (1e6 / torch.arange(1, 2001)).long()
+    share = int(zipf[0]) / int(zipf.sum())
+    for experts in (4, 8, 64):
+        table = balanced_table(zipf, experts, generator("table"))
+        load = torch.zeros(experts, dtype=torch.long).scatter_add_(0, table, zipf)
+        reached = float(load.max() * experts / load.sum())
+        bound = balance_bound(zipf, experts)
+        assert bound >= max(1, share * experts) - 1e-9
+        assert bound - 1e-6 <= reached <= bound * 1.01
+    # by hand: shares 5/8, 1/8, 1/8, 1/8 on two experts: the first alone has 1.25 times the mean
+    assert balance_bound(torch.tensor([5, 1, 1, 1]), 2) == pytest.approx(1.25)
+    assert balance_bound(torch.tensor([1, 1, 1]), 2) == pytest.approx(4 / 3)
+    table = balanced_table(torch.tensor([5, 1, 1, 1]), 2, generator("by hand"))
+    assert len(set(table[1:].tolist())) == 1
+    assert table[0] != table[1]
+
+
+def test_random_tables_are_uniform():
+    table = TABLES["random"](torch.ones(64000), 16, generator("uniform"))
+    load = torch.bincount(table, minlength=16).double()
+    assert ((load - 4000) ** 2 / 4000).sum() < 37.7  # chi-squared with 15 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+def test_two_balanced_draws_agree_on_pairs_at_chance(experts):
+    counts = (1e6 / torch.arange(1, 1025)).long()
+    counts[-100:] = 0  # entries that training never shows
+    first, second = (balanced_table(counts, experts, generator("draw", i)) for i in range(2))
+    light = slice(2 * experts, None)  # heavy ones aside
+    pairs = [t[light, None] == t[None, light] for t in (first, second)]
+    upper = torch.ones_like(pairs[0]).triu(1)
+    both, one = (pairs[0] & pairs[1] & upper).sum(), (pairs[0] & upper).sum()
+    other = (pairs[1] & upper).sum() / upper.sum()
+    expected = float(other)
+    deviation = (expected * (1 - expected) / float(one)) ** 0.5
+    assert abs(float(both / one) - expected) < 5 * deviation + 0.01 * expected
+
+
+def test_a_hash_of_unknown_names_is_refused():
+    with pytest.raises(ValueError, match="router.feature must be one of token; got colour"):
+        Hash(make_site(), feature="colour", table="random")
+    with pytest.raises(ValueError, match="router.table"):
+        Hash(make_site(), feature="token", table="round")
+
+
+# Switch
+
+
+def make_switch(capacity_factor=None, load_balance_coef=0.01, jitter=0.0, **site) -> Switch:
+    return shaken(Switch(make_site(**site), capacity_factor, load_balance_coef, jitter))
+
+
+def test_switchs_loss_is_one_at_uniform_and_e_over_k_at_collapse():
+    uniform_p = torch.full((1, 8, 4), 0.25)
+    assert float(balance_loss(one_hot([0, 1, 2, 3] * 2, 4), uniform_p)) == pytest.approx(1)
+    for k in (1, 2, 4):  # all tokens on k experts with probability 1 / k each
+        p = torch.zeros(1, 8, 4)
+        p[..., :k] = 1 / k
+        assert float(balance_loss(one_hot([i % k for i in range(8)], 4), p)) == pytest.approx(4 / k)
+
+
+def test_switchs_loss_by_hand_ignores_padding_and_averages_groups():
+    # E = 2. First group: experts 0, 0, 1 of p0 = 0.9, 0.6, 0.2, a fourth token is padding: f = 2/3, 1/3; P0 = 1.7/3
+    p0 = torch.tensor([[0.9, 0.6, 0.2, 0.99], [0.5, 0.5, 0.5, 0.5]])
+    choice = torch.cat([one_hot([0, 0, 1, 0], 2), one_hot([0, 1, 0, 1], 2)])
+    choice[0, 3] = 0
+    first = 2 * (2 / 3 * 1.7 / 3 + 1 / 3 * 1.3 / 3)
+    assert float(balance_loss(choice, torch.stack([p0, 1 - p0], -1))) == pytest.approx((first + 1) / 2)
+
+
+def test_switchs_loss_counts_before_dropping_and_has_no_gradient_through_counts():
+    batch = some_batch()
+    loose, tight = make_switch(), make_switch(capacity_factor=0.5)
+    hidden = hidden_of(batch)
+    a, b = loose(hidden, batch.tokens), tight(hidden, batch.tokens)
+    assert torch.equal(a.aux_loss, b.aux_loss)
+    assert (b.weight == 0).sum() > (a.weight == 0).sum() == 0
+    a.aux_loss.backward()
+    probability = (hidden @ loose.gate.T).softmax(-1)
+    share = torch.nn.functional.one_hot(probability.argmax(-1), 4).view(2, -1, 4).double().mean(1)
+    expected = 0.01 * 4 * (share * probability.view(2, -1, 4).mean(1)).sum(-1).mean()
+    (grad,) = torch.autograd.grad(expected, loose.gate)
+    torch.testing.assert_close(loose.gate.grad, grad)
+
+
+def test_capacity_drops_by_position():
+    # 6 tokens, 2 experts, factor 1: three each. Expert 0 is wanted by tokens 0, 1, 3, 4, 5: the last two find no room
+    kept = within_capacity(one_hot([0, 0, 1, 0, 0, 0], 2), 1.0)
+    assert kept.tolist() == [[True, True, True, True, False, False]]
+    # ceil(1.25 * 5 / 2) = 4; padding takes no room and finds none
+    choice = one_hot([0, 0, 0, 0, 0, 0], 2)
+    choice[0, 1] = 0
+    assert within_capacity(choice, 1.25).tolist() == [[True, False, True, True, True, False]]
+    assert within_capacity(one_hot([0, 0, 0], 2), 0.1).tolist() == [[True, False, False]]
+
+
+def test_switchs_weight_is_its_probability_and_ties_go_to_the_lowest_expert():
+    router, batch = make_switch(), some_batch()
+    hidden = hidden_of(batch)
+    probability = (hidden @ router.gate.T).softmax(-1)
+    routing = router(hidden, batch.tokens)
+    torch.testing.assert_close(routing.weight, probability.amax(-1).flatten())
+    assert torch.equal(routing.expert, probability.argmax(-1).flatten())
+    tied = router(torch.zeros_like(hidden), batch.tokens)
+    assert torch.equal(tied.expert, torch.zeros(48, dtype=torch.long))
+    torch.testing.assert_close(tied.weight, torch.full((48,), 0.25))
+
+
+def test_jitter_multiplies_the_routers_input_in_training_only():
+    plain, jittered = make_switch(), make_switch(jitter=0.5)
+    batch = some_batch()
+    hidden = hidden_of(batch)
+    columns = torch.arange(WIDTH)
+    draw = uniform(batch.tokens.key[:, None, None], 1, batch.tokens.position[..., None], columns)
+    assert 0 <= float(draw.min()) and float(draw.max()) < 1 and abs(float(draw.mean()) - 0.5) < 0.05
+    by_hand = plain(hidden * (0.5 + draw), batch.tokens)
+    torch.testing.assert_close(jittered(hidden, batch.tokens).weight, by_hand.weight)
+    assert not torch.equal(jittered(hidden, batch.tokens).weight, plain(hidden, batch.tokens).weight)
+    assert torch.equal(jittered(torch.zeros_like(hidden), batch.tokens).weight, torch.full((48,), 0.25))
+    assert torch.equal(jittered.eval()(hidden, batch.tokens).weight, plain(hidden, batch.tokens).weight)
+
+
+def test_switchs_gate_starts_truncated_normal_of_variance_a_tenth_over_fan_in():
+    gate = Switch(make_site(num_experts=64, d_model=512), None, 0.01, 0.0).gate.detach()
+    deviation = (0.1 / 512) ** 0.5
+    assert float(gate.abs().max()) <= 2 * deviation
+    assert float(gate.std()) == pytest.approx(0.88 * deviation, rel=0.02)  # of a normal cut at two deviations
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((0.0, 0.01, 0.0), "capacity_factor"), ((None, -1.0, 0.0), "load_balance"), ((None, 0.01, 1.5), "jitter")],
+)
+def test_switch_refuses_what_is_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Switch(make_site(), *options)
+
+
+# BASE
+
+
+def test_base_is_balanced_over_each_group_in_training_and_greedy_in_evaluation():
+    router = shaken(BalancedAssignment(make_site()))
+    batch = some_batch(padding=3)  # groups of 24 and 21 real tokens
+    hidden = hidden_of(batch)
+    scores = hidden @ router.centroids.T
+    routing = router(hidden, batch.tokens)
+    expert = routing.expert.view(2, 24)
+    assert torch.bincount(expert[0]).tolist() == [6, 6, 6, 6]
+    assert sorted(torch.bincount(expert[1, :21], minlength=4).tolist()) == [5, 5, 5, 6]
+    assert float(routing.report["assignment_gap"]) <= 1e-6
+    chosen = scores.view(-1, EXPERTS).gather(1, routing.expert[:, None])[:, 0].sigmoid()
+    torch.testing.assert_close(routing.weight, chosen * batch.tokens.real.flatten())
+    greedy = router.eval()(hidden, batch.tokens)
+    assert torch.equal(greedy.expert, scores.argmax(-1).flatten())
+    assert not greedy.report
+
+
+def test_bases_centroids_start_orthogonal_with_gain_a_tenth():
+    centroids = BalancedAssignment(make_site()).centroids.detach()
+    torch.testing.assert_close(centroids @ centroids.T, 0.01 * torch.eye(EXPERTS), atol=1e-6, rtol=0)
+
+
+def test_bases_scores_learn_through_the_weight_alone():
+    router = shaken(BalancedAssignment(make_site()))
+    batch = some_batch()
+    hidden = hidden_of(batch).requires_grad_()
+    routing = router(hidden, batch.tokens)
+    (grad,) = torch.autograd.grad(routing.weight.sum(), hidden, retain_graph=True)
+    chosen = router.centroids[routing.expert].view_as(hidden)
+    slope = (routing.weight * (1 - routing.weight)).view(4, LENGTH, 1)
+    torch.testing.assert_close(grad, slope * chosen)
+
+
+def test_a_site_never_depends_on_pythons_hash():
+    assert torch.equal(torch.randint(VOCAB, (3,), generator=make_site().generator("a")), torch.tensor(GOLDEN_DRAW))
+
+
+GOLDEN_DRAW = [20, 9, 6]
