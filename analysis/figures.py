@@ -66,9 +66,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Write name.png and name.pdf, without dates or versions: the same figure is the same bytes."""
     with _own_settings():
         figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})
-        figure.savefig(
-            folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None}
-        )
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
 
 def _own_settings() -> AbstractContextManager:

@@ -96,9 +96,7 @@ def _result(folder: Path) -> dict:
     provenance = json.loads((folder / "provenance.json").read_text())
     losses = [result.get("test/ce", np.nan), result.get("val/ce", np.nan)]
     finished = result["outcome"] == "finished" and bool(np.isfinite(losses).all())
-    result |= (
-        {"outcome": "finished"} if finished else {"outcome": "diverged", "why": f"at step {result['step']}"}
-    )
+    result |= {"outcome": "finished"} if finished else {"outcome": "diverged", "why": f"at step {result['step']}"}
     return result | {"code": _code(provenance["git"]), "device": provenance["device"]}
 
 

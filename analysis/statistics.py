@@ -46,9 +46,7 @@ def paired_difference(values: pd.Series, reference: pd.Series, level: float = 0.
     """
     for series in (values, reference):
         if not series.index.is_unique:
-            raise ValueError(
-                f"seed {series.index[series.index.duplicated()][0]} occurs twice: which is the pair?"
-            )
+            raise ValueError(f"seed {series.index[series.index.duplicated()][0]} occurs twice: which is the pair?")
     seeds = values.index.intersection(reference.index)
     n, mean, deviation = summarise(values.loc[seeds] - reference.loc[seeds])
     if n < 2:

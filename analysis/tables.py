@@ -133,9 +133,7 @@ def notes(study: Study, frame: pd.DataFrame, reference_label: str) -> list[str]:
     unclear = others.loc[(others["difference_pairs"] > 1) & ~others["separated"]]
     for pairs in sorted(set(unclear.loc[:, "difference_pairs"])):
         arms = unclear.loc[unclear["difference_pairs"] == pairs, "label"]
-        lines.append(
-            f"{NOT_SEPARATED} not separated from {reference_label} at n = {pairs}: {'; '.join(arms)}"
-        )
+        lines.append(f"{NOT_SEPARATED} not separated from {reference_label} at n = {pairs}: {'; '.join(arms)}")
     return lines + _left_out(study)
 
 

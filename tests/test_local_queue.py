@@ -62,9 +62,7 @@ def behave(cfg: DictConfig) -> int:
         case "orphan":
             subprocess.Popen(["sleep", "600"])
     time.sleep(0.2)
-    (folder / "result.json").write_text(
-        '{"outcome": "finished", "val/ce": 5.307, "tokens_per_second": 31400.0}'
-    )
+    (folder / "result.json").write_text('{"outcome": "finished", "val/ce": 5.307, "tokens_per_second": 31400.0}')
     (folder / "facts.json").write_text(json.dumps(facts | environment | {"ended": time.time()}))
     return 0
 
@@ -159,10 +157,7 @@ def test_jobs_are_fresh_processes_forked_from_one_that_has_imported_the_target(t
 
 def test_a_slot_has_one_job_at_a_time_and_its_own_environment(tmp_path):
     assert call(tmp_path, 2, "ok", "ok", "ok", "ok").returncode == 0
-    by_slot = {
-        slot: [each for each in facts(tmp_path) if each["CUDA_VISIBLE_DEVICES"] == slot]
-        for slot in ("0", "1")
-    }
+    by_slot = {slot: [each for each in facts(tmp_path) if each["CUDA_VISIBLE_DEVICES"] == slot] for slot in ("0", "1")}
     assert sum(map(len, by_slot.values())) == 4 and all(by_slot.values())
     for mine in by_slot.values():
         mine.sort(key=lambda each: each["began"])
@@ -287,8 +282,6 @@ if __name__ == "__main__":
     if behaviours[0].startswith("limit="):
         limit = float(behaviours.pop(0).removeprefix("limit="))
     environments = [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(int(slots))]
-    queue = Queue(
-        make_jobs(Path(folder), behaviours), environments, "tests.test_local_queue:behave", (), 1.0, limit
-    )
+    queue = Queue(make_jobs(Path(folder), behaviours), environments, "tests.test_local_queue:behave", (), 1.0, limit)
     fine = queue.run()
     sys.exit(0 if fine else 128 + queue.signals[0] if queue.signals else 1)

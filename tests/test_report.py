@@ -25,22 +25,15 @@ def write_run(
     runs: Path, arm: str, seed: int, ce: float, commit="a" * 40, dirty=None, fingerprint="data0", **result
 ) -> Path:
     """One finished run of 200 steps whose test loss is `ce`."""
-    folder = (
-        runs
-        / f"{arm}-s{seed}-{zlib.crc32(repr((arm, seed, commit, dirty, fingerprint, result)).encode()):08x}"
-    )
+    folder = runs / f"{arm}-s{seed}-{zlib.crc32(repr((arm, seed, commit, dirty, fingerprint, result)).encode()):08x}"
     folder.mkdir(parents=True)
     corpus = {"_target_": "data.corpora.StandardLibrary", "validation_share": 0.015, "test_share": 0.015}
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"arm": arm, "seed": seed, "data": {"corpus": corpus}})
-    )
+    (folder / "config.yaml").write_text(yaml.safe_dump({"arm": arm, "seed": seed, "data": {"corpus": corpus}}))
     provenance = {"git": {"commit": commit, "dirty": dirty}, "device": "Some CPU @ 2.00GHz"}
     (folder / "provenance.json").write_text(json.dumps(provenance))
     lines = []
     for step in range(0, 201, 20):
-        lines.append(
-            {"step": step, "steps": 200, "tokens": step * 2048, "train/ce": 6.0, "route/1/max_over_mean": 1.5}
-        )
+        lines.append({"step": step, "steps": 200, "tokens": step * 2048, "train/ce": 6.0, "route/1/max_over_mean": 1.5})
         value = ce - 0.01 + (math.log(1024) - ce) * math.exp(-step / 30)
         lines.append({"step": step, "tokens": step * 2048, "val/ce": value})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -62,9 +55,7 @@ def write_run(
 def write_sweep(runs: Path, folders, name="quickstart") -> None:
     record = {"sweep": name, "scale": "smoke", "command": ["python", "run.py", "-m", f"sweeps={name}"]}
     (runs / "sweeps").mkdir(parents=True, exist_ok=True)
-    (runs / "sweeps" / f"{name}.json").write_text(
-        json.dumps(record | {"runs": [Path(each).name for each in folders]})
-    )
+    (runs / "sweeps" / f"{name}.json").write_text(json.dumps(record | {"runs": [Path(each).name for each in folders]}))
 
 
 @pytest.fixture
@@ -99,10 +90,7 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     assert "Switch" in printed and "-0.010 [-0.035, +0.015] †" in printed
     assert "† not separated from Dense at n = 3: Switch" in printed
     assert "all 15 runs of the sweep are counted" in printed
-    assert (
-        "Python's standard library · scale smoke · 200 steps, 410k tokens · seeds 0, 1, 2 · Some CPU @"
-        in printed
-    )
+    assert "Python's standard library · scale smoke · 200 steps, 410k tokens · seeds 0, 1, 2 · Some CPU @" in printed
 
 
 def test_no_printed_line_is_wider_than_a_terminal_of_150_columns(whole, tmp_path, monkeypatch):
@@ -141,9 +129,7 @@ def test_made_again_every_file_is_the_same_bytes(whole, tmp_path):
 
 def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
     runs = tmp_path / "runs"
-    good = [
-        write_run(runs, arm, seed, ARMS[arm] + 0.1 * seed) for arm in ("dense", "switch") for seed in range(3)
-    ]
+    good = [write_run(runs, arm, seed, ARMS[arm] + 0.1 * seed) for arm in ("dense", "switch") for seed in range(3)]
     diverged = write_run(runs, "dense", 3, 90.0, outcome="diverged", step=40, tokens=81920)
     nan = write_run(runs, "dense", 4, math.nan)
     bad = {
@@ -220,10 +206,7 @@ def test_a_cut_last_line_and_repeated_steps_change_nothing(whole):
     metrics = next(whole.glob("switch-s1-*")) / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text(
-        json.dumps({"step": 40, "val/ce": 99.0, "tokens": 81920})
-        + "\n"
-        + "".join(lines)
-        + '{"step": 220, "val/ce": 5.'
+        json.dumps({"step": 40, "val/ce": 99.0, "tokens": 81920}) + "\n" + "".join(lines) + '{"step": 220, "val/ce": 5.'
     )
     pd.testing.assert_frame_equal(
         read_study("quickstart", whole).curves.reset_index(drop=True), before.reset_index(drop=True)
@@ -239,14 +222,10 @@ def test_a_file_of_metrics_that_is_damaged_in_its_middle_makes_its_run_unreadabl
 
 def test_a_curve_is_over_points_that_all_seeds_have():
     points = [(0, 0), (0, 10), (0, 20), (1, 0), (1, 20)]
-    losses = pd.Series(
-        [7.0, 6.5, 6.0, 7.0, 5.0], index=pd.MultiIndex.from_tuples(points, names=["seed", "tokens"])
-    )
+    losses = pd.Series([7.0, 6.5, 6.0, 7.0, 5.0], index=pd.MultiIndex.from_tuples(points, names=["seed", "tokens"]))
     curve = over_seeds(losses)
     assert list(curve.index) == [0, 20]
-    assert curve["mean"].tolist() == [7.0, 5.5] and curve["deviation"].tolist() == pytest.approx(
-        [0, 0.5**0.5]
-    )
+    assert curve["mean"].tolist() == [7.0, 5.5] and curve["deviation"].tolist() == pytest.approx([0, 0.5**0.5])
 
 
 @pytest.mark.parametrize(

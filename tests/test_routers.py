@@ -71,7 +71,9 @@ def test_a_plan_sorts_assignments_by_expert_and_keeps_their_order():
 def test_load_metrics_by_hand():
     # 5 real tokens and one of padding over 4 experts: loads 2, 1, 1, 0; the fifth is over capacity
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    routing = Routing(torch.arange(6), torch.tensor([0, 0, 1, 2, 0, 0]), weight, torch.tensor(0.5), {"x": torch.tensor(7)})
+    routing = Routing(
+        torch.arange(6), torch.tensor([0, 0, 1, 2, 0, 0]), weight, torch.tensor(0.5), {"x": torch.tensor(7)}
+    )
     real = torch.tensor([[True, True, True], [True, True, False]])
     metrics = {name: float(value) for name, value in load_metrics(routing, real, 4).items()}
     assert load_of(routing, 4).tolist() == [2, 1, 1, 0]

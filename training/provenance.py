@@ -21,7 +21,7 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
     """What provenance.json holds."""
     return {
         "command": sys.argv,
-        "git": git_state(),
+        "git": GIT,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -45,6 +45,9 @@ def git_state() -> dict[str, str | None]:
 def _git(*words: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+GIT = git_state()  # of the code as it was loaded: a tree edited later did not run
 
 
 def _cpu_name() -> str:
