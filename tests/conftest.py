@@ -1,4 +1,4 @@
-"""Shared by the tests: sites, tokens and models small enough for hand arithmetic, and runs made by run.py's own code."""
+"""Shared by the tests: sites, tokens and models small enough for hand arithmetic, and settings like run.py's."""
 
 import functools
 import warnings
@@ -106,6 +106,7 @@ def tiny(corpus, tmp_path, tmp_path_factory) -> list[str]:
         "model.d_model=32",
         "model.d_ff=64",
         "model.num_heads=2",
+        "model.sparse_layers=[1]",
         "num_experts=4",
         "train.steps=12",
         "train.batch_size=4",

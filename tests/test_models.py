@@ -79,7 +79,7 @@ def test_one_expert_of_weight_one_equals_the_plain_ffn():
     batch = some_batch()
     outputs = [model(batch.tokens).logits for model in (sparse, plain)]
     torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
-    for model, logits in zip((sparse, plain), outputs):
+    for logits in outputs:
         logits.square().sum().backward()
     for (name, one), other in zip(sparse.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)

@@ -224,7 +224,7 @@ def test_jitter_multiplies_the_routers_input_in_training_only():
     hidden = hidden_of(batch)
     columns = torch.arange(WIDTH)
     draw = uniform(batch.tokens.key[:, None, None], 1, batch.tokens.position[..., None], columns)
-    assert 0 <= float(draw.min()) and float(draw.max()) < 1 and abs(float(draw.mean()) - 0.5) < 0.05
+    assert float(draw.min()) >= 0 and float(draw.max()) < 1 and abs(float(draw.mean()) - 0.5) < 0.05
     by_hand = plain(hidden * (0.5 + draw), batch.tokens)
     torch.testing.assert_close(jittered(hidden, batch.tokens).weight, by_hand.weight)
     assert not torch.equal(jittered(hidden, batch.tokens).weight, plain(hidden, batch.tokens).weight)

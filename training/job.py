@@ -22,7 +22,7 @@ from training import checkpoint
 from training.build import choose_device, make_losses, make_model, open_data, precision
 from training.evaluation import evaluate, mean_ce
 from training.folder import held, is_finished, require_space
-from training.loop import Diverged, Interrupted, Progress, Trainer
+from training.loop import Diverged, Interrupted, Progress, Trainer, stop_requests
 from training.optimizer import make_optimizer
 from training.preflight import read
 from training.provenance import provenance
@@ -106,11 +106,11 @@ def _train(opened: Run) -> int:
         files = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer)}
         checkpoint.save(checkpoints, progress.step, files, asdict(progress))
 
-    with Recorder(settings, folder, progress.step) as recorder:
+    with stop_requests() as stop, Recorder(settings, folder, progress.step) as recorder:
         recorder.start(model, prepared, device, progress.step)
         batches = TrainingBatches(opened.splits["train"], settings.train.batch_size, settings.seed)
         log = lambda line: recorder.log(progress, line)  # noqa: E731
-        trainer = Trainer(settings, model, losses, optimizer, batches, progress, log, validate, save)
+        trainer = Trainer(settings, model, losses, optimizer, batches, progress, log, validate, save, stop)
         try:
             if progress.step == 0:
                 validate(0)

@@ -3,7 +3,7 @@ checkpoint now and then."""
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,14 +57,15 @@ class Trainer:
     log: Callable[[dict[str, Any]], None]
     evaluate: Callable[[int], None]
     checkpoint: Callable[[], None]
+    stop: Sequence[int]  # filled by stop_requests
 
     def train(self) -> None:
-        """Train to the last step. Raises Diverged, and Interrupted (after a checkpoint) on SIGTERM or SIGINT."""
+        """Train to the last step. Raises Diverged, and Interrupted (after a checkpoint) once stop is filled."""
         options, record, progress = self.settings.train, self.settings.record, self.progress
         clipped = torch.tensor(progress.clipped, device=self.device)
         finite_before = torch.tensor(True, device=self.device)
         clock, clock_step = time.perf_counter(), progress.step
-        with stop_requests() as stop, ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as ahead:
             upcoming = ahead.submit(self.micro_batches, progress.step)
             while progress.step < options.steps:
                 micros = upcoming.result()
@@ -85,7 +86,7 @@ class Trainer:
                     last or (every > 0 and progress.step % every == 0)
                     for every in (record.log_every, record.evaluate_every, record.checkpoint_every)
                 )
-                if not (log or evaluate or checkpoint or stop):
+                if not (log or evaluate or checkpoint or self.stop):
                     continue
                 if not finite:
                     raise Diverged(progress.step)
@@ -98,9 +99,9 @@ class Trainer:
                     self.log(line | self.route_metrics(routings, real))
                 if evaluate:
                     self.evaluate(progress.step)
-                if checkpoint or stop:
+                if checkpoint or self.stop:
                     self.checkpoint()
-                if stop and not last:
+                if self.stop and not last:
                     raise Interrupted
                 clock, clock_step = time.perf_counter(), progress.step
 

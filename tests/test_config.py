@@ -1,0 +1,136 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, ROUTERS, compose_config
+
+from training.job import open_run
+from training.preflight import read
+from training.settings import digest_of
+
+
+def run_py(*words: str, limit: int | None = None, cwd=None) -> subprocess.CompletedProcess:
+    """python run.py words; limit: no file may grow over so many bytes, as on a full disk."""
+    import resource
+
+    def shrink():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, str(ROOT / "run.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, preexec_fn=shrink if limit else None
+    )
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+@pytest.mark.parametrize("router", [*ROUTERS, "dense"])
+def test_every_router_composes_at_every_scale(router, scale):
+    settings = read(compose_config(f"router={router}", f"scale={scale}"))
+    assert (settings.arm, settings.scale) == (router, scale)
+    assert settings.num_experts == {"smoke": 16, "small": 64}[scale]
+
+
+BAD = [
+    ("train.lr=abc", "train.lr: Value 'abc' of type 'str' could not be converted to Float"),
+    ("train.steps=1.5", "train.steps"),
+    ("num_experts=0", "num_experts must be at least 1"),
+    ("model.num_heads=3", "model.d_model must be divisible by model.num_heads; got 32 and 3"),
+    ("model.sparse_layers=[7]", "model.sparse_layers must lie in 0..1"),
+    ("train.batch_size=5", "multiple"),
+    ("train.micro_batch=3", "multiple"),
+    ("train.schedule=step", "train.schedule must be one of cosine, linear; got step"),
+    ("train.beta2=1.5", "train.beta2"),
+    ("train.lr=nan", "train.lr"),
+    ("seed=-1", "seed must not be negative"),
+    ("device=tpu", "device must be one of auto, cpu, cuda; got tpu"),
+    ("router._target_=os.system", "router._target_ must be a class of routers, models, data"),
+    ("data.corpus._target_=torch.load", "data.corpus._target_"),
+    ("experts._target_=models.experts.grouped", "must name a class"),
+    ("router._target_=routers.none.None", "does not exist"),
+    ("router.load_balance_coef=much", "load_balance_coef"),
+    ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("word", "message"), BAD)
+def test_bad_settings_end_with_one_line_that_names_the_rule(word, message, tiny):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        read(compose_config("router=switch", *tiny, word))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+FATAL = [
+    (["train.lrr=1"], "train.lrr"),
+    (["router=swich"], "router/swich"),
+    (["wandbb=offline"], "wandbb"),
+    (["-m", "sweeps=nothing"], "sweeps/nothing"),
+    (["-m", "router=dense,switch", "train.lr=abc"], "train.lr"),
+    (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),
+    (["data.sequence_length=100000"], "fewer than one window"),
+    (["runs=/dev/null/runs"], "cannot write"),
+]
+
+
+@pytest.mark.parametrize(("words", "names"), FATAL)
+def test_run_py_ends_in_one_line_before_any_work(words, names, tiny, tmp_path):
+    flags, words = [w for w in words if w == "-m"], [w for w in words if w != "-m"]
+    done = run_py(*flags, *tiny, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert names in done.stderr
+    assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+
+def test_a_full_disk_ends_in_one_line(tiny, tmp_path):
+    open_run(read(compose_config(*tiny)))  # the cache is ready
+    done = run_py(*tiny, cwd=tmp_path, limit=100_000)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot write to the run folder" in done.stderr
+
+
+def test_the_id_is_of_what_can_change_the_result(tiny):
+    def digest(*words, fingerprint="text"):
+        return digest_of(read(compose_config("router=switch", *tiny, *words)), fingerprint)
+
+    same = ["wandb.mode=offline", "runs=elsewhere", "device=cpu", "record.log_every=7", "data.cache=other"]
+    assert {digest(word) for word in same} == {digest()}
+    other = [
+        "seed=1",
+        "num_experts=8",
+        "router.jitter=0.1",
+        "train.lr=1e-4",
+        "model.d_ff=128",
+        "data.mask_documents=true",
+    ]
+    assert len({digest(word) for word in [*other, "data.sequence_length=16"]} | {digest()}) == len(other) + 2
+    assert digest(fingerprint="other text") != digest()
+
+
+@pytest.mark.parametrize(("sweep", "jobs"), [("quickstart", 15)])
+def test_each_sweep_composes_to_its_stated_jobs(sweep, jobs):
+    text = (ROOT / "sweeps" / f"{sweep}.yaml").read_text()
+    assert f"Jobs: {jobs} " in text
+    params = compose_params(sweep)
+    count = 1
+    for values in params.values():
+        count *= len(str(values).split(","))
+    assert count == jobs
+    for router in params["router"].split(","):
+        read(compose_config(f"sweeps={sweep}", f"router={router}"))
+
+
+def compose_params(sweep: str) -> dict:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", [f"hydra.searchpath=[file://{ROOT}]", f"sweeps={sweep}"], return_hydra_config=True)
+    return dict(config.hydra.sweeper.params)
+
+
+def test_every_sweep_is_tested():
+    assert [path.stem for path in (ROOT / "sweeps").glob("*.yaml")] == ["quickstart"]

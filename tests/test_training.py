@@ -1,0 +1,309 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, ROUTERS, compose_config
+from safetensors.torch import load_file
+
+from training import checkpoint, job, loop
+from training.build import make_losses, make_model
+from training.checkpoint import load_run
+from training.evaluation import evaluate, frequency_deciles, mean_ce
+from training.folder import held
+from training.job import DIVERGED, FAILED, FINISHED, INTERRUPTED, open_run, run
+from training.loop import Progress, Trainer
+from training.optimizer import learning_rate, make_optimizer, step
+from training.preflight import read
+from training.sample import sample
+
+CPU = torch.device("cpu")
+
+
+def folder_of(*overrides):
+    return open_run(read(compose_config(*overrides))).folder
+
+
+def lines_of(folder):
+    """metrics.jsonl without what a clock wrote."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def final_state(folder):
+    (last,) = (folder / "checkpoints").iterdir()
+    return load_file(last / "model.safetensors") | load_file(last / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, "dense"])
+def test_a_run_writes_its_record_and_a_second_call_does_nothing(name, tiny, capsys):
+    config = compose_config(f"router={name}", *tiny)
+    assert run(config) == FINISHED
+    folder = folder_of(f"router={name}", *tiny)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["val/perplexity"] == pytest.approx(math.exp(result["val/ce"]))
+    assert 0 < result["test/ce"] < math.log(300)
+    assert result["tokens"] == 12 * 4 * 32
+    assert ("val/ce_as_in_training" in result) == (name == "base")
+    evaluation = load_file(folder / "evaluation.safetensors")
+    for split in ("validation", "test"):
+        for part in ("document", "decile"):
+            total = evaluation[f"{split}/{part}_ce_sum"].sum() / evaluation[f"{split}/{part}_tokens"].sum()
+            assert float(total) == pytest.approx(result["val/ce" if split == "validation" else "test/ce"])
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["dispatch"] == ("none" if name == "dense" else "grouped_mm")
+    if name != "dense":
+        assert torch.equal(evaluation["test/token_expert/1"].sum(0), evaluation["test/load/1"])
+        assert int(evaluation["test/load/1"].sum()) == result["test/tokens"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert run(config) == FINISHED
+    assert "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, "dense"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(name, tiny, tmp_path, monkeypatch):
+    words = [f"router={name}", *tiny, "record.keep_optimizer=true"]
+    words += ["router.jitter=0.1", "router.capacity_factor=1.0"] if name == "switch" else []
+    assert run(compose_config(*words)) == FINISHED
+    whole = folder_of(*words)
+    words.append(f"runs={tmp_path}/stopped")
+    requests = iter([True] * 99)
+
+    class StopAfterEachStep(list):
+        def __bool__(self):
+            return next(requests)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "stop_requests", lambda: _entered(StopAfterEachStep()))
+        statuses = [run(compose_config(*words)) for _ in range(12)]
+    assert statuses == [INTERRUPTED] * 11 + [FINISHED]
+    stopped = folder_of(*words)
+    assert lines_of(stopped) == lines_of(whole)
+    states = final_state(whole), final_state(stopped)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class _entered:
+    def __init__(self, value):
+        self.value = value
+
+    def __enter__(self):
+        return self.value
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_same_seed_same_bits(tiny, tmp_path):
+    words = ["router=switch", *tiny, "record.keep_optimizer=true"]
+    folders = []
+    for again in ("a", "b"):
+        assert run(compose_config(*words, f"runs={tmp_path}/{again}")) == FINISHED
+        folders.append(folder_of(*words, f"runs={tmp_path}/{again}"))
+    states = [final_state(folder) for folder in folders]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert lines_of(folders[0]) == lines_of(folders[1])
+
+
+def trained(*words, steps=3):
+    """A model after some steps, without a run folder."""
+    opened = open_run(read(compose_config(*words)))
+    settings = opened.settings
+    model = make_model(settings, opened.prepared, CPU)
+    batches = loop.TrainingBatches(opened.splits["train"], settings.train.batch_size, settings.seed)
+    optimizer = make_optimizer(model, settings.train)
+    losses = make_losses(settings, model, CPU)
+    lines = []
+    nothing = lambda *_: None  # noqa: E731
+    settings.train.steps = steps
+    trainer = Trainer(settings, model, losses, optimizer, batches, Progress(), lines.append, nothing, nothing, [])
+    trainer.train()
+    return model, lines, opened, losses
+
+
+@pytest.mark.parametrize("name", ["hash_balanced", "switch", "base"])
+def test_accumulation_over_micro_batches_changes_nothing(name, tiny):
+    words = [f"router={name}", *tiny, "model.dispatch=loop"]
+    words += ["router.jitter=0.1", "router.capacity_factor=1.0"] if name == "switch" else []
+    whole, whole_lines, *_ = trained(*words)
+    split, split_lines, *_ = trained(*words, "train.micro_batch=2")
+    for (key, one), other in zip(whole.named_parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=key)
+    for one, other in zip(whole_lines, split_lines, strict=True):
+        one.pop("tokens_per_second"), other.pop("tokens_per_second")
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_evaluation_covers_the_split_whatever_the_batch_size_and_changes_nothing(tiny):
+    model, _, opened, losses = trained("router=switch", *tiny, "router.capacity_factor=1.0")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    counts = opened.prepared.token_counts
+    sums = [evaluate(model, losses, opened.splits["validation"], size, counts) for size in (2, 6, 2)]
+    assert int(sums[0]["tokens"]) == len(opened.prepared.tokens["validation"]) - 1
+    assert mean_ce(sums[0]) == pytest.approx(mean_ce(sums[1]), rel=1e-6)
+    assert all(torch.equal(value, sums[2][key]) for key, value in sums[0].items())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    assert model.training
+
+
+def test_deciles_hold_a_tenth_of_the_training_text_each():
+    deciles = frequency_deciles(torch.tensor([30, 10, 10, 10, 10, 10, 10, 5, 5, 0]))
+    assert deciles.tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 9, 9]
+
+
+def test_the_learning_rate_by_hand(tiny):
+    train = read(compose_config(*tiny, "train.steps=10", "train.warmup_steps=4", "train.lr=1.0")).train
+    rates = [learning_rate(at, train) for at in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the way down the cosine
+    assert rates[9] == pytest.approx(0.1)
+    train.schedule = "linear"
+    assert learning_rate(7, train) == pytest.approx(0.1 + 0.9 / 3)
+
+
+def test_what_decays_and_what_does_not(tiny):
+    opened = open_run(
+        read(compose_config("router=switch", *tiny, "model.positions=learned", "model.sparse_layers=[1]"))
+    )
+    model = make_model(opened.settings, opened.prepared, CPU)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = (
+        {names[id(p)] for p in g["params"]} for g in make_optimizer(model, opened.settings.train).param_groups
+    )
+    assert {"embedding", "positions", "norm.weight", "blocks.1.ffn.router.gate"} <= free
+    assert {"blocks.0.attention.qkv", "blocks.1.ffn.experts.w_in"} <= decayed
+    assert len(decayed) + len(free) == len(names)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_no_weight_and_no_state(where):
+    weights = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([weights], lr=0.1, fused=True)
+    weights.grad = torch.ones(8)
+    step(optimizer, 0.1, torch.tensor(1.0), 1.0)
+    before = [weights.detach().clone(), *(v.clone() for v in optimizer.state[weights].values())]
+    weights.grad = torch.ones(8)
+    weights.grad[3] = float("nan") if where == "gradient" else 1.0
+    _, finite = step(optimizer, 0.1, torch.tensor(1.0 if where == "gradient" else math.inf), 1.0)
+    assert not finite
+    after = [weights.detach(), *optimizer.state[weights].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_diverged_run_is_finished_as_diverged(tiny, monkeypatch):
+    words = ["router=dense", *tiny, "record.keep_optimizer=true", "record.checkpoint_every=1", "record.log_every=100"]
+    losses = loop.Trainer.forward_backward
+
+    def poisoned(self, micros):
+        ce, routings, real = losses(self, micros)
+        return (ce * math.nan if self.progress.step == 4 else ce), routings, real
+
+    monkeypatch.setattr(loop.Trainer, "forward_backward", poisoned)
+    assert run(compose_config(*words)) == DIVERGED
+    folder = folder_of(*words)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["outcome"], result["step"]) == ("diverged", 5)
+    assert "val/ce" not in result
+    (last,) = (folder / "checkpoints").iterdir()
+    assert last.name == "00000004"
+
+
+def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch):
+    words = ["router=dense", *tiny, "record.checkpoint_every=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr("training.job.evaluate", lambda *_: 1 / 0)
+        assert run(compose_config(*words)) == FAILED
+    folder = folder_of(*words)
+    assert "ZeroDivisionError" in (folder / "error.txt").read_text()
+    assert run(compose_config(*words)) == FINISHED
+    assert not (folder / "error.txt").exists()
+
+
+def test_a_stop_signal_leaves_a_checkpoint_and_status_75(tiny):
+    words = [*tiny, "train.steps=100000", "router=dense"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], stdout=subprocess.PIPE, text=True)
+    folder = folder_of(*words)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert checkpoint.latest(folder / "checkpoints") is not None
+    assert not (folder / "result.json").exists()
+    assert "goes on" in printed
+
+
+def test_one_process_at_a_time_works_on_a_run(tiny):
+    config = compose_config("router=dense", *tiny)
+    with held(folder_of("router=dense", *tiny)), pytest.raises(ValueError, match="another process"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_a_silent_start(tmp_path):
+    tensors = {"model": {"w": torch.arange(4.0)}}
+    for number in (1, 2):
+        checkpoint.save(tmp_path, number, tensors, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["00000002"]  # the old one goes when the new one is good
+    assert checkpoint.latest(tmp_path).name == "00000002"
+    damaged = tmp_path / "00000002" / "model.safetensors"
+    whole = damaged.read_bytes()
+    for broken in (whole[:-1], whole[:70] + bytes([whole[70] ^ 1]) + whole[71:]):
+        damaged.write_bytes(broken)
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.latest(tmp_path, warn=lambda _: None)
+    damaged.write_bytes(whole)
+    (tmp_path / "00000003").mkdir()  # what a kill could leave if renames were not whole
+    warnings = []
+    assert checkpoint.latest(tmp_path, warn=warnings.append).name == "00000002"
+    assert "00000003" in warnings[0]
+    damaged.unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.latest(tmp_path, warn=lambda _: None)
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_load_run_gives_the_model_back_and_it_samples(tiny):
+    words = ["router=hash_balanced", *tiny]
+    assert run(compose_config(*words)) == FINISHED
+    folder = folder_of(*words)
+    loaded = load_run(folder)
+    losses = make_losses(loaded.settings, loaded.model, CPU)
+    opened = open_run(loaded.settings)
+    sums = evaluate(loaded.model, losses, opened.splits["test"], 4, loaded.prepared.token_counts)
+    assert mean_ce(sums) == pytest.approx(loaded.result["test/ce"], rel=1e-6)
+    loaded.model.eval()
+    text = sample(loaded, "abc", 40, 0.8, seed=0)
+    assert text.startswith("abc")
+    assert text == sample(loaded, "abc", 40, 0.8, seed=0)
+    with pytest.raises(ValueError, match="no run folder"):
+        load_run(folder.parent)
+
+
+def test_wandb_can_fail_and_mirrors_when_it_does_not(tiny, tmp_path, monkeypatch):
+    import wandb
+
+    words = ["router=dense", *tiny]
+    assert run(compose_config(*words, f"runs={tmp_path}/off")) == FINISHED
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run(compose_config(*words, f"runs={tmp_path}/on", "wandb.mode=offline")) == FINISHED
+    assert list((tmp_path / "on").glob("*/wandb/offline-run-*/*.wandb"))
+
+    def broken(*_, **__):
+        raise RuntimeError("no wandb today")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    assert run(compose_config(*words, f"runs={tmp_path}/broken", "wandb.mode=offline")) == FINISHED
+    folders = [next((tmp_path / kind).glob("dense-*")) for kind in ("off", "on", "broken")]
+    assert lines_of(folders[0]) == lines_of(folders[1]) == lines_of(folders[2])
+    console = (folders[2] / "console.log").read_text()
+    assert console.count("warning: wandb") == 1
+    assert "no wandb today" in console
