@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 
 from data.batches import Tokens
 from data.randomness import generator
-from models.attention import Attention
+from models.attention import Attention, rotary_angles
 from models.dispatch import PATHS
 from models.experts import ACTIVATIONS, Experts
 from models.feedforward import FeedForward, SparseFeedForward
@@ -79,12 +79,14 @@ class Block(nn.Module):
     def __init__(self, settings: ModelSettings, ffn: FeedForward | SparseFeedForward):
         super().__init__()
         self.attention_norm = NORMS[settings.norm](settings.d_model)
-        self.attention = Attention(settings.d_model, settings.num_heads, settings.positions == "rotary")
+        self.attention = Attention(settings.d_model, settings.num_heads)
         self.ffn_norm = NORMS[settings.norm](settings.d_model)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, tokens: Tokens, plan: Plan | None, mask: Tensor | None):
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(
+        self, x: Tensor, tokens: Tokens, plan: Plan | None, rotation: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.attention_norm(x), rotation, mask)
         y, routing = self.ffn(self.ffn_norm(x), tokens, plan)
         return x + y, routing
 
@@ -95,6 +97,8 @@ class Transformer(nn.Module):
     seed: every first value depends on (seed, the parameter's name) alone, one expert after the other, so trunks are
     equal across routers and a plain FFN equals expert 0. path: see models.dispatch.
     """
+
+    rotation: Tensor | None
 
     def __init__(
         self,
@@ -112,6 +116,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, settings.d_model))
         learned = settings.positions == "learned"
         self.positions = nn.Parameter(torch.empty(sequence_length, settings.d_model)) if learned else None
+        angles = None if learned else rotary_angles(sequence_length, settings.d_model // settings.num_heads)
+        self.register_buffer("rotation", angles, persistent=False)
         blocks = []
         for layer in range(settings.num_layers):
             if make_router is not None and layer in settings.sparse_layers:
@@ -159,7 +165,7 @@ class Transformer(nn.Module):
         mask = None if document is None else document_mask(document)
         routings: dict[int, Routing] = {}
         for layer, block in enumerate(self.blocks):
-            x, routing = block(x, tokens, plans.get(layer), mask)
+            x, routing = block(x, tokens, plans.get(layer), self.rotation, mask)
             if routing is not None:
                 routings[layer] = routing
         aux_loss = sum((r.aux_loss for r in routings.values()), torch.zeros((), device=x.device))

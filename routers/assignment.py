@@ -22,7 +22,7 @@ class Assignment(NamedTuple):
     gap: float  # certified distance to the optimum: (bound - value) / (T * standard deviation of the scores)
 
 
-def balanced_assignment(scores: Tensor, price_steps: int = 16) -> Assignment:
+def balanced_assignment(scores: Tensor, price_steps: int = 24) -> Assignment:
     """Assign each token once. scores (T, E) floating, any device. Raises ValueError if a score is not finite."""
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("balanced assignment needs finite scores; the run has diverged")
@@ -32,10 +32,10 @@ def balanced_assignment(scores: Tensor, price_steps: int = 16) -> Assignment:
     prices = balancing_prices(scores, price_steps)
     table = scores.double().cpu().numpy()
     expert = _spread_ties(table - prices.double().cpu().numpy())
-    _balance(table, expert)
+    cost = _balance(table, expert)
     value = float(table[np.arange(tokens), expert].sum())
     spread = float(table.std()) * tokens
-    excess = upper_bound(table, _final_prices(table, expert)) - value
+    excess = upper_bound(table, _final_prices(cost, expert)) - value
     gap = max(excess, 0.0) / spread if spread > 0 else 0.0
     return Assignment(torch.from_numpy(expert).to(scores.device), value, gap)
 
@@ -75,12 +75,15 @@ def _spread_ties(reduced: np.ndarray) -> np.ndarray:
     return (tied & (tied.cumsum(1) == turn[:, None])).argmax(1)
 
 
-def _balance(scores: np.ndarray, expert: np.ndarray) -> None:
-    """Move tokens along shortest paths until loads are floor or ceil of T/E and no exchange gains. Changes expert."""
+def _balance(scores: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """Move tokens along shortest paths until loads are floor or ceil of T/E and no exchange gains.
+
+    Changes expert (T,) in place. Returns (E, E), the least loss of moving one more token from expert to expert.
+    """
     tokens, experts = scores.shape
     least, most = tokens // experts, -(-tokens // experts)
     load = np.bincount(expert, minlength=experts)
-    cost = np.stack([_move_costs(scores, expert, j) for j in range(experts)])  # (E, E): the cheapest move j -> k
+    cost = np.stack([_move_costs(scores, expert, j) for j in range(experts)])
     tolerance = 1e-12 * max(float(np.abs(scores).max()), 1e-300)
     while True:
         over, under = load > most, load < least
@@ -89,7 +92,7 @@ def _balance(scores: np.ndarray, expert: np.ndarray) -> None:
         length = np.where(under if under.any() else load < most, length, np.inf)
         last = int(length.argmin())
         if exact and not length[last] < -tolerance:
-            return
+            return cost
         path = [last]
         while step[last] >= 0:
             first = int(step[last])
@@ -105,7 +108,7 @@ def _balance(scores: np.ndarray, expert: np.ndarray) -> None:
 
 def _move_costs(scores: np.ndarray, expert: np.ndarray, j: int) -> np.ndarray:
     """(E,) the least loss of moving one token of expert j to each other expert; infinite if j has none."""
-    rows = scores[expert == j]
+    rows = scores.take(np.flatnonzero(expert == j), axis=0)
     return (rows[:, j : j + 1] - rows).min(0) if len(rows) else np.full(scores.shape[1], np.inf)
 
 
@@ -124,14 +127,13 @@ def _shortest(cost: np.ndarray, sources: np.ndarray, tolerance: float) -> tuple[
     return length, before
 
 
-def _final_prices(scores: np.ndarray, expert: np.ndarray) -> np.ndarray:
-    """(E,) prices that certify an optimal assignment: the lengths of shortest paths in its residual graph."""
-    experts = scores.shape[1]
-    load = np.bincount(expert, minlength=experts)
-    cost = np.stack([_move_costs(scores, expert, j) for j in range(experts)])
+def _final_prices(cost: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """(E,) prices that certify an optimal assignment: shortest path lengths over its costs of moving (E, E)."""
+    load = np.bincount(expert, minlength=len(cost))
     fuller = load > load.min()
-    cost[np.ix_(~fuller, fuller)] = np.minimum(cost[np.ix_(~fuller, fuller)], 0.0)  # spare places go to the dearest
-    prices = np.zeros(experts)
-    for _ in range(experts):
+    spare = np.ix_(~fuller, fuller)  # the places left over when E does not divide T go to the dearest experts
+    cost[spare] = np.minimum(cost[spare], 0.0)
+    prices = np.zeros(len(cost))
+    for _ in range(len(cost)):
         prices = np.minimum(prices, (cost + prices).min(1))
     return prices

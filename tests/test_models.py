@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import generator
-from models.attention import rotate
+from models.attention import rotary_angles, rotate
 from models.dispatch import choose_path, dispatch
 from models.experts import Experts
 from routers.routing import Routing, make_plan
@@ -171,11 +171,12 @@ def test_counts_agree_with_numel_and_the_flop_counter(name, changes):
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator("rotary")).expand(2, 1, 1, 6, 8)
-    scores = rotate(q) @ rotate(k).mT
+    q, k = rotate(q, rotary_angles(9, 8)), rotate(k, rotary_angles(9, 8))
+    scores = q @ k.mT
     for offset in range(-5, 6):
         diagonal = scores[0, 0].diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotate(q).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(q.norm(dim=-1), q[..., :1, :].norm(dim=-1).expand(1, 1, 6))
 
 
 def test_the_path_is_chosen_openly():
