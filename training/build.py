@@ -1,5 +1,6 @@
 """Settings -> router, model."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def choose_device(settings: Settings) -> torch.device:
 
 def make_losses(settings: Settings, model: Transformer, device: torch.device) -> Callable[..., Losses]:
     """(batch, plans) -> evaluation.token_losses in the run's precision, compiled if the run asks for it."""
+    # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     compute = torch.compile(token_losses) if settings.train.compile else token_losses
     lower, mask_documents = precision(settings, device) == "bf16", settings.data.mask_documents
 
