@@ -2,11 +2,9 @@
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,21 +36,25 @@ class Prepared:
 def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], None] = print) -> Prepared:
     """Open the corpus's folder in `cache`; make it first if it is not there, again if it is damaged.
 
-    Any number of processes may call this at once: one works, the others wait and open what it made. `say`
-    hears of work only. ValueError if the corpus cannot be read, is too short or has an empty split, or if the
-    cache cannot be written.
+    Processes may call this at once: one works, the others wait and open what it made. `say` hears of work only.
+    ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     cache = Path(cache).expanduser()
     try:
+        # Another source, option, tokenizer library or code: another folder.
+        code = [file_digest(Path(__file__).with_name(n)) for n in ("corpora.py", "tokenizer.py", "prepare.py")]
         source = corpus.digest()
-        folder = cache / _key(source, vocab_size)
-        if prepared := _open_if_sound(folder, say=lambda line: None):
-            return prepared
-        with _locked(folder.with_suffix(".lock"), say):
-            if prepared := _open_if_sound(folder, say):  # another process was faster
-                return prepared
+        folder = cache / digest_of([source, vocab_size, tokenizers.__version__, code])[:32]
+        cache.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                try:
+                    return open_prepared(folder)
+                except (ValueError, OSError) as error:
+                    say(f"the prepared corpus in {folder} is broken and is made again: {error}")
             _build(corpus, source, vocab_size, folder, say)
-        return open_prepared(folder)
+            return open_prepared(folder)
     except OSError as error:
         raise ValueError(f"the corpus cannot be prepared in {cache}: {error}") from error
 
@@ -62,29 +64,12 @@ def open_prepared(folder: Path) -> Prepared:
     meta = json.loads((folder / "meta.json").read_bytes())
     if meta.pop("sha256", None) != digest_of(meta):
         raise ValueError("meta.json is damaged")
-    for name in FILES:
-        if (size := (folder / name).stat().st_size) != (expected := meta["files"][name]["bytes"]):
-            raise ValueError(f"{name} has {size} bytes, not {expected}")
-        if file_digest(folder / name) != meta["files"][name]["sha256"]:
+    for name, digest in meta["files"].items():
+        if file_digest(folder / name) != digest:
             raise ValueError(f"{name} is damaged")
-    vocab_size = meta["vocab_size"]
     tokens = {s: np.load(folder / f"{s}.npy", mmap_mode="r", allow_pickle=False) for s in SPLITS}
-    for split, ids in tokens.items():
-        described = ids.dtype == _dtype(vocab_size) and ids.shape == (meta["splits"][split]["tokens"],)
-        if not described or ids.max() >= vocab_size:
-            raise ValueError(f"{split}.npy does not hold the ids that meta.json describes")
     counts = torch.from_numpy(np.load(folder / "counts.npy", allow_pickle=False))
-    return Prepared(folder, digest_of(meta["files"]), vocab_size, counts, tokens, meta["splits"])
-
-
-def _open_if_sound(folder: Path, say: Callable[[str], None]) -> Prepared | None:
-    if not folder.exists():
-        return None
-    try:
-        return open_prepared(folder)
-    except (ValueError, OSError) as error:
-        say(f"the prepared corpus in {folder} is broken and is made again: {error}")
-        return None
+    return Prepared(folder, digest_of(meta["files"]), len(counts), counts, tokens, meta["splits"])
 
 
 def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Callable[[str], None]) -> None:
@@ -99,8 +84,7 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
         (partial / "tokenizer.json").write_text(tokenizer.to_str())
         splits, counts = {}, {}
         for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
-            texts, path = corpus.documents(split), partial / f"{split}.npy"
-            splits[split], counts[split] = _write_split(path, texts, tokenizer)
+            splits[split], counts[split] = _write_split(partial / f"{split}.npy", corpus.documents(split), tokenizer)
             if not splits[split]["documents"]:
                 raise ValueError(f"the {split} split of the corpus is empty: it needs other files or shares")
             figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
@@ -108,10 +92,10 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
         np.save(partial / "counts.npy", counts["train"])
         if corpus.digest() != source:
             raise ValueError("the corpus changed while it was being prepared; start again")
-        _write_meta(partial, vocab_size, splits)
+        meta = {"splits": splits, "files": {name: file_digest(partial / name) for name in FILES}}
+        (partial / "meta.json").write_text(json.dumps({**meta, "sha256": digest_of(meta)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"prepared the corpus in {time.monotonic() - began:.0f} s: {folder}")
@@ -120,82 +104,36 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
 def _write_split(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> tuple[dict, np.ndarray]:
     """Stream a split's tokens into a .npy file; returns its figures and token counts (V,)."""
     vocab_size = tokenizer.get_vocab_size()
-    dtype = _dtype(vocab_size)
-    documents = size = 0
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     counts = np.zeros(vocab_size, np.int64)
-    with path.open("w+b") as file:
-        _write_header(file, dtype, 0)
+    documents = size = 0
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
         for batch in _batches(texts):
-            encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-            rows = (e.ids + [END] if last else e.ids for e, (_, last) in zip(encodings, batch, strict=True))
-            ids = np.concatenate([np.array(row, np.int64) for row in rows])
-            if ids.max() >= vocab_size:
-                raise ValueError(f"the tokenizer gave id {ids.max()}, vocab_size is {vocab_size}")
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ids = np.concatenate([encoding.ids or [END] for encoding in encodings])
             file.write(ids.astype(dtype).data)
             counts += np.bincount(ids, minlength=vocab_size)
-            documents += sum(last for _, last in batch)
-            size += sum(len(piece.encode()) for piece, _ in batch)
-        _write_header(file, dtype, int(counts.sum()))
+            documents += batch.count("")
+            size += sum(len(piece.encode()) for piece in batch)
+        file.seek(0)  # numpy pads its header so that it keeps its length while the first axis grows
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (int(counts.sum()),)})
     share = counts[counts > 0] / counts.sum()
     entropy = float(-(share * np.log(share)).sum())
-    figures = {"documents": documents, "tokens": int(counts.sum()), "bytes": size, "unigram_entropy": entropy}
-    return figures, counts
+    return {"documents": documents, "tokens": int(counts.sum()), "bytes": size, "unigram_entropy": entropy}, counts
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece of a document, whether it is its last), of about BATCH characters; drops blank ones."""
-    batch: list[tuple[str, bool]] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of pieces, about BATCH characters each; after the last piece of a document comes "", which becomes END."""
+    batch: list[str] = []
     size = 0
     for text in texts:
-        pieces = [] if text.isspace() else list(cut(text))
-        for left, piece in zip(reversed(range(len(pieces))), pieces, strict=True):
-            batch.append((piece, left == 0))
+        for piece in (*cut(text), "") if text.strip() else ():
+            batch.append(piece)
             size += len(piece)
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-def _write_header(file, dtype: np.dtype, tokens: int) -> None:
-    """numpy pads its header so that it keeps its length while the first axis grows: it is written twice."""
-    file.seek(0)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _write_meta(folder: Path, vocab_size: int, splits: dict[str, dict]) -> None:
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": file_digest(folder / n)} for n in FILES}
-    meta = {"vocab_size": vocab_size, "splits": splits, "files": files}
-    (folder / "meta.json").write_text(json.dumps({**meta, "sha256": digest_of(meta)}, indent=1))
-    for path in (*(folder / name for name in FILES), folder / "meta.json", folder):
-        _sync(path)
-
-
-def _key(source: str, vocab_size: int) -> str:
-    """Another source, option, tokenizer library or code: another folder."""
-    code = [file_digest(Path(__file__).with_name(n)) for n in ("corpora.py", "tokenizer.py", "prepare.py")]
-    return digest_of([source, vocab_size, tokenizers.__version__, code])[:32]
-
-
-def _dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)  # a folder too
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is preparing this corpus; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,34 +17,31 @@ _SEAM = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE of exactly `vocab_size` entries, trained on at most TRAIN_BYTES of the text, evenly taken.
+    """BPE of exactly `vocab_size` entries, trained on the first TRAIN_BYTES of the text.
 
     ValueError if vocab_size is below 258 or the text has too few repeated pairs to fill it.
     """
-    if not isinstance(vocab_size, int) or vocab_size < SMALLEST:
-        rule = f"at least {SMALLEST}: 256 bytes and {len(SPECIAL)} special ids"
-        raise ValueError(f"vocab_size={vocab_size!r} must be {rule}")
+    if vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST}: 256 bytes and 2 special ids")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    sample = sample_evenly((piece for text in documents for piece in cut(text)), TRAIN_BYTES)
-    tokenizer.train_from_iterator(sample, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options)
+    pieces = (piece for text in documents for piece in cut(text))
+    tokenizer.train_from_iterator(_first_bytes(pieces, TRAIN_BYTES), trainer)
     if (reached := tokenizer.get_vocab_size()) != vocab_size:
-        rule = f"the training text is too short for it, it yields {reached} entries"
-        raise ValueError(f"vocab_size={vocab_size}: {rule}")
-    return _keep_text_text(tokenizer)
+        raise ValueError(f"vocab_size={vocab_size}: the training text is too short, it yields {reached} entries")
+    tokenizer.encode_special_tokens = True  # text that spells "<|end|>" must not become id 0
+    return tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a prepared corpus, from its tokenizer.json."""
-    return _keep_text_text(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    """The tokenizer of a prepared corpus."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # the file does not keep it
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -56,10 +53,9 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces of PIECE to 2 * PIECE characters (the last one shorter) that encode as the whole text does.
+    """Pieces of PIECE to 2 * PIECE characters that encode as the whole does: memory stays bounded, all cores busy.
 
-    They keep memory bounded and all cores busy when one document is as long as a corpus. Only a text without
-    a space for PIECE characters is cut elsewhere: it may get a token more, and still decodes to itself.
+    Only a text without a space for PIECE characters is cut elsewhere: it may get a token more.
     """
     start = 0
     while start < len(text):
@@ -69,22 +65,9 @@ def cut(text: str) -> Iterator[str]:
         start = end
 
 
-def sample_evenly(texts: Iterable[str], limit: int) -> list[str]:
-    """Every text, every 2nd, every 4th, ...: the most that stays within `limit` UTF-8 bytes, in one pass."""
-    kept: list[str] = []
-    size, stride = 0, 1
-    for index, text in enumerate(texts):
-        if index % stride:
-            continue
-        kept.append(text)
-        size += len(text.encode())
-        while size > limit and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(len(text.encode()) for text in kept)
-    return kept
-
-
-def _keep_text_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Text that spells "<|end|>" must not become id 0; tokenizer.json does not keep this setting."""
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        limit -= len(text.encode())
+        if limit < 0:
+            return
+        yield text
