@@ -8,55 +8,39 @@ from pathlib import Path
 
 import yaml
 
-from analysis import figures, tables
+from analysis import tables
+from analysis.figures import save_learning_curves
 from analysis.runs import Study, read_study
 
 
-def report(name: str, runs: Path, results: Path, reference: str | None = None) -> str:
-    """Write tables and figure to results/<scale>/<name>/; return what to print. ValueError if none."""
+def report(name: str, runs: Path, results: Path) -> str:
+    """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished."""
     style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
     study = read_study(name, runs)
     labels = tables.labels(study, style)
-    reference = _reference(labels, reference, style)
-    frame = tables.table(study, style, reference)
-    header = tables.header(study, style)
-    notes = "\n".join(tables.notes(study, frame, labels[reference]))
+    reference = style["reference"] if style["reference"] in labels else next(iter(labels))
+    frame = tables.table(study, labels, reference)
+    header, notes = tables.header(study, style), tables.notes(study, frame, labels[reference])
     terminal, markdown = (tables.printed(frame, labels[reference], form) for form in ("simple", "pipe"))
-    figure = figures.learning_curves(study, style, labels, reference)
 
-    folder = results / study.scale / study.name
+    folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in {"table.csv": frame, "runs.csv": tables.behind(study)}.items():
-        rows.to_csv(folder / name, index=False, float_format="%.15g", lineterminator="\n")
+    for file, rows in {"table.csv": frame, "runs.csv": study.runs}.items():
+        rows.to_csv(folder / file, index=False, float_format="%.15g", lineterminator="\n")
     (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
-    figures.save(figure, folder, "figure")
-    return "\n\n".join([header, terminal, notes, _where(folder, runs), *_next(study, style, runs)])
+    save_learning_curves(study, style, labels, reference, folder)
+    where = f"table   {folder}/table.md, table.csv\n"
+    where += f"figure  {folder}/figure.png, figure.pdf: learning curves, mean over seeds ± standard deviation\n"
+    where += f"runs    {folder}/runs.csv, folders in {runs}/"
+    return "\n\n".join([header, terminal, notes, where, _next(study, style, runs)])
 
 
-def _reference(labels: dict[str, str], wished: str | None, style: dict) -> str:
-    """The arm that the others are held against: the one asked for, or style's, or the first."""
-    if wished is not None and wished not in labels:
-        raise ValueError(f"--reference {wished!r} is no arm of this sweep: {', '.join(labels)}")
-    return wished or (style["reference"] if style["reference"] in labels else next(iter(labels)))
-
-
-def _where(folder: Path, runs: Path) -> str:
-    made = {
-        "table": "table.md, table.csv",
-        "figure": "figure.png, figure.pdf",
-        "runs": f"runs.csv, folders in {runs}/",
-    }
-    return "\n".join(f"{what:7} {folder}/{files}" for what, files in made.items())
-
-
-def _next(study: Study, style: dict, runs: Path) -> list[str]:
-    """Commands worth trying, from style's list for this sweep."""
-    best = shlex.quote(str(runs / str(study.counted.set_index("id").loc[:, "val/ce"].idxmin())))
-    inside = Path(sys.executable).is_relative_to(Path.cwd())
-    python = os.path.relpath(sys.executable) if inside else "python"
-    ideas = style["next"].get(study.name, [])
-    lines = [f"  # {idea['why']}\n  " + idea["command"].format(best=best, python=python) for idea in ideas]
-    return ["\n".join(["what to try next:", *lines])] if lines else []
+def _next(study: Study, style: dict, runs: Path) -> str:
+    """Commands worth trying, from style's list."""
+    best = shlex.quote(str(runs / study.counted.sort_values("val/ce")["id"].iloc[0]))
+    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": study.name}
+    ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
+    return "\n".join(["what to try next:", *ideas])
 
 
 def main() -> int:
@@ -65,10 +49,9 @@ def main() -> int:
     parser.add_argument("name", help="a sweep that was run, for example quickstart")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
-    parser.add_argument("--reference", help="the arm that the others are held against")
     args = parser.parse_args()
     try:
-        print(report(args.name, args.runs, args.results, args.reference))
+        print(report(args.name, args.runs, args.results))
     except (ValueError, OSError) as error:
         print(f"analysis.report: {error}", file=sys.stderr)
         return 1

@@ -7,16 +7,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 
-class Summary(NamedTuple):
-    """A mean over `n` seeds and their standard deviation (n - 1 in the denominator; NaN below two)."""
-
-    n: int
-    mean: float
-    deviation: float
-
-
 class Difference(NamedTuple):
-    """The mean of `pairs` differences and the ends of its interval (NaN below two pairs)."""
+    """The mean of `pairs` differences and the ends of its 95 % interval (NaN below two pairs)."""
 
     pairs: int
     mean: float
@@ -25,31 +17,28 @@ class Difference(NamedTuple):
 
     @property
     def separated(self) -> bool:
-        """Whether the interval exists and leaves out zero."""
+        """Whether there is an interval and zero is outside it."""
         return self.low > 0 or self.high < 0
 
 
-def summarise(values: pd.Series) -> Summary:
-    """Mean and deviation of one number a seed. ValueError if one is not finite: it must not vanish."""
+def mean_and_deviation(values: pd.Series) -> tuple[float, float]:
+    """Over seeds, with n - 1 in the denominator; NaN where too few. ValueError if a value is not finite."""
     x = values.to_numpy(dtype=float)
     if not np.isfinite(x).all():
         raise ValueError(f"a mean over seeds needs finite numbers, not {x[~np.isfinite(x)][0]}")
-    mean = x.mean() if len(x) else np.nan
-    return Summary(len(x), float(mean), float(x.std(ddof=1)) if len(x) > 1 else np.nan)
+    return float(x.mean()) if len(x) else np.nan, float(x.std(ddof=1)) if len(x) > 1 else np.nan
 
 
-def paired_difference(values: pd.Series, reference: pd.Series, level: float = 0.95) -> Difference:
+def paired_difference(values: pd.Series, reference: pd.Series) -> Difference:
     """Mean of `values - reference` over the seeds both have, with the interval of the paired t-test.
 
-    Both are indexed by seed, each seed once. Runs of one seed share data order and first values, so what a
-    seed does to both arms cancels; what remains is taken as normal and independent between seeds.
+    Both are indexed by seed; ValueError if a seed occurs twice. Runs of one seed share data order and first values, so
+    what a seed does to both cancels; what remains is taken as normal and independent between seeds.
     """
     for series in (values, reference):
         if not series.index.is_unique:
-            raise ValueError(f"seed {series.index[series.index.duplicated()][0]} occurs twice: which is the pair?")
-    seeds = values.index.intersection(reference.index)
-    n, mean, deviation = summarise(values.loc[seeds] - reference.loc[seeds])
-    if n < 2:
-        return Difference(n, mean, np.nan, np.nan)
-    reach = float(stdtrit(n - 1, (1 + level) / 2)) * deviation / n**0.5
-    return Difference(n, mean, mean - reach, mean + reach)
+            raise ValueError(f"seed {series.index[series.index.duplicated()][0]} occurs twice in one arm")
+    differences = (values - reference).loc[values.index.intersection(reference.index)]
+    n, (mean, deviation) = len(differences), mean_and_deviation(differences)
+    reach = stdtrit(n - 1, 0.975) * deviation / n**0.5 if n > 1 else np.nan
+    return Difference(n, mean, float(mean - reach), float(mean + reach))

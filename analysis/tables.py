@@ -1,84 +1,63 @@
-"""A study as a table: one row an arm, what stands under it, and the runs behind it."""
+"""A study as a table: one row an arm, and what stands above and under it."""
 
-import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from analysis.runs import Study
-from analysis.statistics import paired_difference, summarise
-
-NOT_SEPARATED = "†"
+from analysis.statistics import mean_and_deviation, paired_difference
 
 
 def labels(study: Study, style: dict) -> dict[str, str]:
     """What each arm of the study is called, in the order of its jobs."""
-    named = style["arms"]
     arms = study.runs.loc[:, "arm"].unique()
-    return {arm: named[arm]["label"] if arm in named else arm.replace("_", " ") for arm in arms}
+    return {arm: style["arms"].get(arm, {}).get("label", arm.replace("_", " ")) for arm in arms}
 
 
-def table(study: Study, style: dict, reference: str) -> pd.DataFrame:
-    """One row an arm, numbers in full: what table.csv holds and every printed table is made from."""
-    base = study.counted.loc[study.counted["arm"] == reference]
-    frame = pd.DataFrame([_row(study, arm, label, base) for arm, label in labels(study, style).items()])
-    return frame.assign(reference=frame["arm"] == reference)
-
-
-def _row(study: Study, arm: str, label: str, base: pd.DataFrame) -> dict:
-    planned = study.runs.loc[study.runs["arm"] == arm].set_index("seed")
-    runs = planned.loc[planned["counted"]]
-    diverged = int((planned["outcome"] == "diverged").sum())
-    row = {"arm": arm, "label": label, "planned": len(planned), "diverged": diverged, "n": len(runs)}
-    for kind in ("active", "total"):
-        row[f"{kind}_parameters"] = _one(runs.loc[:, f"parameters/{kind}"], arm)
-    for split in ("test", "val"):
-        perplexity = summarise(runs.loc[:, f"{split}/perplexity"])
-        row |= {f"{split}_perplexity": perplexity.mean, f"{split}_perplexity_deviation": perplexity.deviation}
-    difference = paired_difference(runs.loc[:, "test/ce"], base.set_index("seed").loc[:, "test/ce"])
-    row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
-    row |= {"separated": difference.separated}
-    row["below_unigram"] = summarise(runs.loc[:, "val/unigram_entropy"] - runs.loc[:, "val/ce"]).mean
-    speeds = runs.loc[:, "tokens_per_second"].astype(float)  # none of a run too short to measure
-    row["tokens_per_second"] = float(speeds.mean(skipna=False))
-    return row
-
-
-def _one(values: pd.Series, arm: str) -> int | None:
-    found = sorted(set(values))
-    if len(found) > 1:
-        raise ValueError(f"runs of {arm!r} differ in {values.name}: {found}; they are not one arm")
-    return int(found[0]) if found else None
+def table(study: Study, labels: dict[str, str], reference: str) -> pd.DataFrame:
+    """One row an arm, numbers in full (losses in nats per token): table.csv, and what is printed."""
+    counted = study.counted.set_index("seed")
+    base = counted.loc[counted["arm"] == reference, "test/ce"]
+    planned = study.runs.loc[:, "arm"].value_counts()
+    rows = []
+    for arm, label in labels.items():
+        runs = counted.loc[counted["arm"] == arm]
+        row = {"arm": arm, "label": label, "planned": planned[arm], "n": len(runs)}
+        for kind in ("active", "total"):
+            row[f"{kind}_parameters"] = runs[f"parameters/{kind}"].mean()
+        for split in ("test", "val"):
+            mean, deviation = mean_and_deviation(runs.loc[:, f"{split}/perplexity"])
+            row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
+        difference = paired_difference(runs.loc[:, "test/ce"], base)
+        row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
+        row |= {"separated": difference.separated, "reference": arm == reference}
+        row["below_unigram"] = (runs["val/unigram_entropy"] - runs["val/ce"]).mean()
+        row["tokens_per_second"] = runs["tokens_per_second"].astype(float).mean(skipna=False)  # a short run has none
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def printed(frame: pd.DataFrame, reference_label: str, form: str) -> str:
     """The table for a reader. `form` is tabulate's: "simple" for a terminal, "pipe" for markdown."""
-    headers = ["method", "params\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
-    headers += [
-        f"test: difference to\n{reference_label}, nats [95 %]",
-        "nats below\nunigram",
-        "tokens\nper s",
-    ]
-    rows = [_cells(row) for row in frame.to_dict("records")]
+    headers = ["method", "parameters\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
+    headers += [f"difference to {reference_label}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
     if form == "pipe":  # a cell of markdown is one line
-        headers, *rows = [[cell.replace("\n", " ") for cell in cells] for cells in (headers, *rows)]
+        headers = [header.replace("\n", " ") for header in headers]
+    rows = [_cells(row) for row in frame.to_dict("records")]
     align = ("left", *["right"] * 4, "left", "right", "right")
     return tabulate(rows, headers=headers, tablefmt=form, colalign=align, disable_numparse=True)
 
 
 def _cells(row: dict) -> list[str]:
-    diverged = f"\n{row['diverged']} diverged" if row["diverged"] else ""
-    n = (f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}") + diverged
+    n = str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
     if not row["n"]:
         return [row["label"], "", "", "", n, "", "", ""]
-    params = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
-    test, validation = (_perplexity(row, split) for split in ("test", "val"))
-    gain, speed = f"{row['below_unigram']:.3f}", f"{row['tokens_per_second']:,.0f}".replace("nan", "")
-    return [row["label"], params, test, validation, n, _difference(row), gain, speed]
-
-
-def _perplexity(row: dict, split: str) -> str:
-    deviation = row[f"{split}_perplexity_deviation"]
-    return f"{row[f'{split}_perplexity']:.2f}" + ("" if np.isnan(deviation) else f" ± {deviation:.2f}")
+    parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
+    test, validation = (
+        f"{row[f'{split}_perplexity']:.2f} ± {row[f'{split}_perplexity_deviation']:.2f}".removesuffix(" ± nan")
+        for split in ("test", "val")
+    )
+    speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
+    return [row["label"], parameters, test, validation, n, _difference(row), f"{row['below_unigram']:.3f}", speed]
 
 
 def _difference(row: dict) -> str:
@@ -86,15 +65,10 @@ def _difference(row: dict) -> str:
         return "reference"
     if not row["difference_pairs"]:
         return "no pair"
-    text = _signed(row["difference_mean"])
-    if row["difference_pairs"] > 1:
-        text += f" [{_signed(row['difference_low'])}, {_signed(row['difference_high'])}]"
-        text += "" if row["separated"] else f" {NOT_SEPARATED}"
-    return text + ("" if row["difference_pairs"] == row["n"] else f" ({row['difference_pairs']} pairs)")
-
-
-def _signed(x: float) -> str:
-    return f"{x:+.3f}"
+    if row["difference_pairs"] == 1:
+        return f"{row['difference_mean']:+.3f}"
+    interval = f"{row['difference_mean']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+    return interval if row["separated"] else f"{interval} †"
 
 
 def human(count: float) -> str:
@@ -106,57 +80,34 @@ def human(count: float) -> str:
 
 
 def header(study: Study, style: dict) -> str:
-    """One line: which comparison, on what text, how much of it, which seeds, on what device."""
+    """Which comparison, on what text, how much of it, which seeds, on what device."""
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
-    counted = study.counted
-    steps, tokens = (int(counted.loc[:, column].iloc[0]) for column in ("step", "tokens"))
-    amount = f"{steps:,} steps, {human(tokens)} tokens"
-    seeds = ", ".join(str(seed) for seed in sorted(set(counted.loc[:, "seed"])))
-    devices = " and ".join(counted.loc[:, "device"].unique())
-    return " · ".join([study.name, text, f"scale {study.scale}", amount, f"seeds {seeds}", devices])
+    steps, tokens = (study.counted[column].iloc[0] for column in ("step", "tokens"))
+    seeds = ", ".join(str(seed) for seed in sorted(study.counted["seed"].unique()))
+    devices = " and ".join(study.counted["device"].unique())
+    trained = f"trained on {human(tokens)} tokens in {steps:,.0f} steps, seeds {seeds}, on {devices}"
+    return f"{study.name} at scale {study.scale}: {text}\n{trained}"
 
 
-def notes(study: Study, frame: pd.DataFrame, reference_label: str) -> list[str]:
+def notes(study: Study, frame: pd.DataFrame, reference_label: str) -> str:
     """What the columns are, what is not separated, and every run that is in no mean."""
     lines = [
-        "params: those that one token passes through / all of them (k, M, B: thousand, million, billion)",
-        "perplexity: exp(cross-entropy per token) at the final state; mean ± standard deviation over n seeds",
-        f"difference: mean over pairs of runs of one seed; below 0 is better than {reference_label}",
-        "[95 %]: interval of the paired t-test, each for itself (not widened for the number of methods)",
-        "nats below unigram: how far validation loss is below the entropy of the split's token frequencies",
-        "tokens per s: as trained here, whatever else the machine did; not a benchmark",
+        "parameters: active are those that one token passes through; k thousand, M million, B billion",
+        "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
+        "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
+        f"  below 0 is better than {reference_label}; the interval is that of a paired t-test, one method at a time",
+        "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
+        "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
-    others = frame.loc[~frame["reference"]]
-    if (others.loc[:, "difference_pairs"] == 1).any():
-        lines.append("no interval: it takes two pairs or more")
-    unclear = others.loc[(others["difference_pairs"] > 1) & ~others["separated"]]
-    for pairs in sorted(set(unclear.loc[:, "difference_pairs"])):
-        arms = unclear.loc[unclear["difference_pairs"] == pairs, "label"]
-        lines.append(f"{NOT_SEPARATED} not separated from {reference_label} at n = {pairs}: {'; '.join(arms)}")
-    return lines + _left_out(study)
-
-
-def _left_out(study: Study) -> list[str]:
-    left = study.runs.loc[~study.runs["counted"]]
-    if left.empty:
-        return [f"all {len(study.runs)} runs of the sweep are counted"]
-    lines = [f"{len(left)} of {len(study.runs)} runs are in no mean:"]
-    for outcome in left.loc[:, "outcome"].unique():
-        rows = left.loc[left["outcome"] == outcome]
-        lines.append(f"  {len(rows)} {outcome}:")
-        for run, why in zip(rows.loc[:, "id"], rows.loc[:, "why"], strict=True):
-            lines.append(f"    {run}" + (f" ({_short(why)})" if why else ""))
-    again = "  to complete or repeat them (a run that came to its end only once its folder is gone):"
-    return [*lines, again, f"    {study.command}"]
-
-
-def _short(text: str, width: int = 80) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def behind(study: Study) -> pd.DataFrame:
-    """Every run of the sweep with its outcome and figures: what runs.csv holds."""
-    first = ["id", "arm", "seed", "outcome", "why", "counted"]
-    rest = [column for column in study.runs.columns if column not in first]
-    return study.runs.loc[:, first + rest]
+    compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")
+    if any(row["difference_pairs"] > 1 and not row["separated"] for row in compared):
+        lines.append(f"† not separated from {reference_label}: the interval contains 0")
+    few = [row for row in compared if row["difference_pairs"] < row["n"]]
+    lines += [f"{row['label']}: its difference is over {row['difference_pairs']} of {row['n']} runs" for row in few]
+    left_out = study.runs.loc[study.runs["outcome"] != "finished"].to_dict("records")
+    lines.append(f"{len(study.counted)} of {len(study.runs)} runs are counted" + ("; in no mean:" if left_out else ""))
+    lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
+    if left_out:
+        lines.append(f"to run them again (those with a result only once their folder is deleted):\n  {study.command}")
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.statistics import paired_difference, summarise
+from analysis.statistics import mean_and_deviation, paired_difference
 
 
 def test_a_paired_interval_is_that_of_hand_arithmetic():
@@ -40,14 +40,14 @@ def test_separated_means_that_the_interval_leaves_out_zero(shift, separated):
 
 
 def test_deviation_divides_by_n_less_one_and_one_seed_has_none():
-    assert summarise(pd.Series([1.0, 2.0, 6.0])) == (3, 3.0, pytest.approx(7**0.5))
-    assert np.isnan(summarise(pd.Series([5.0])).deviation)
+    assert mean_and_deviation(pd.Series([1.0, 2.0, 6.0])) == (3.0, pytest.approx(7**0.5))
+    assert np.isnan(mean_and_deviation(pd.Series([5.0]))[1])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_does_not_vanish_from_a_mean(bad):
     with pytest.raises(ValueError, match="finite"):
-        summarise(pd.Series([1.0, bad]))
+        mean_and_deviation(pd.Series([1.0, bad]))
 
 
 def test_a_seed_that_occurs_twice_is_no_pair():
