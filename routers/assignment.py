@@ -22,13 +22,15 @@ class Assignment(NamedTuple):
     gap: float  # certified distance to the optimum: (bound - value) / (T * standard deviation of the scores)
 
 
-def balanced_assignment(scores: Tensor, price_steps: int = 24) -> Assignment:
+def balanced_assignment(scores: Tensor, price_steps: int | None = None) -> Assignment:
     """Assign each token once. scores (T, E) floating, any device. Raises ValueError if a score is not finite."""
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("balanced assignment needs finite scores; the run has diverged")
     tokens, experts = scores.shape
     if tokens == 0:
         return Assignment(torch.zeros(0, dtype=torch.int64, device=scores.device), 0.0, 0.0)
+    if price_steps is None:
+        price_steps = 24 + tokens // 256  # the more tokens repeat, the more single moves a good start saves
     prices = balancing_prices(scores, price_steps)
     table = scores.double().cpu().numpy()
     expert = _spread_ties(table - prices.double().cpu().numpy())
@@ -50,7 +52,7 @@ def upper_bound(scores: np.ndarray, prices: np.ndarray) -> float:
 def balancing_prices(scores: Tensor, steps: int) -> Tensor:
     """(E,) prices at which argmax(scores - prices) loads the experts nearly evenly.
 
-    Each step moves every price halfway to where its expert alone would get its share: the margin by which the last
+    Each step moves every price nearly to where its expert alone would get its share: the margin by which the last
     of the c tokens that want it most prefers it to the best of the others.
     """
     tokens, experts = scores.shape
@@ -63,7 +65,7 @@ def balancing_prices(scores: Tensor, steps: int) -> Tensor:
         best, winner = reduced.max(0)
         second = reduced.scatter(0, winner[None], -torch.inf).amax(0)
         margin = (reduced - best).scatter_(0, winner[None], (best - second)[None])  # >= 0 where the token wants it
-        prices = prices + 0.5 * margin.kthvalue(tokens - tokens // experts, dim=1).values
+        prices = prices + 0.9 * margin.kthvalue(tokens - tokens // experts, dim=1).values
     return prices
 
 

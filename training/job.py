@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import statistics
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from data.batches import Split, TrainingBatches
 from data.prepare import Prepared
-from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, open_data, precision
 from training.evaluation import evaluate, mean_ce
@@ -75,7 +75,7 @@ def run(config: DictConfig) -> int:
 
 def _train(opened: Run) -> int:
     settings, prepared, folder = opened.settings, opened.prepared, opened.folder
-    device = choose_device(settings)
+    began, device = time.perf_counter(), choose_device(settings)
     model = make_model(settings, prepared, device).to(device)
     optimizer = make_optimizer(model, settings.train)
     checkpoints = folder / "checkpoints"
@@ -87,90 +87,84 @@ def _train(opened: Run) -> int:
     origin = provenance(prepared, model, device, precision(settings, device))
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
     checkpoint.write_atomically(folder / "provenance.json", json.dumps(origin, indent=1))
-
     losses = make_losses(settings, model, device)
     micro = settings.train.micro_batch or settings.train.batch_size
-    validated: dict[int, dict[str, Tensor]] = {}
+    sums: dict[str, dict[str, Tensor]] = {}  # of the latest evaluation of each split
 
-    def sums(split: str, as_in_training: bool = False) -> dict[str, Tensor]:
-        return evaluate(model, losses, opened.splits[split], micro, prepared.token_counts, as_in_training)
-
-    def validate(step: int) -> None:
-        validated.clear()
-        validated[step] = sums("validation")
-        if not math.isfinite(mean_ce(validated[step])):
-            raise Diverged(step)
-        recorder.log(progress, {"val/ce": mean_ce(validated[step])})
+    def measure(split: str, as_in_training: bool = False) -> float:
+        measured = evaluate(model, losses, opened.splits[split], micro, prepared.token_counts, as_in_training)
+        if not math.isfinite(mean_ce(measured)):
+            raise Diverged(progress.step)
+        sums.setdefault(split, {}).update({} if as_in_training else measured)
+        return mean_ce(measured)
 
     def save() -> None:
         files = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer)}
         checkpoint.save(checkpoints, progress.step, files, asdict(progress))
 
     with stop_requests() as stop, Recorder(settings, folder, progress.step) as recorder:
-        recorder.start(model, prepared, device, progress.step)
-        batches = TrainingBatches(opened.splits["train"], settings.train.batch_size, settings.seed)
-        log = lambda line: recorder.log(progress, line)  # noqa: E731
-        trainer = Trainer(settings, model, losses, optimizer, batches, progress, log, validate, save, stop)
+        recorder.say(f"{settings.arm}, seed {settings.seed}: {folder}")
+        tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
+        recorder.say(
+            f"  {origin['parameters']['active']:,} active of {origin['parameters']['total']:,} parameters on {device}; "
+            f"{tokens:,} tokens, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
+            + (f"; going on after step {progress.step}" if progress.step else "")
+        )
+        trainer = Trainer(
+            settings,
+            model,
+            losses,
+            optimizer,
+            batches=TrainingBatches(opened.splits["train"], settings.train.batch_size, settings.seed),
+            progress=progress,
+            log=lambda values: recorder.log(progress, values),
+            evaluate=lambda: recorder.log(progress, {"val/ce": measure("validation")}),
+            checkpoint=save,
+            stop=stop,
+        )
+        result: dict[str, Any] = {"outcome": "finished"}
         try:
-            if progress.step == 0:
-                validate(0)
             trainer.train()
+            for name, split in (("val", "validation"), ("test", "test")):
+                ce = measure(split)
+                result |= {
+                    f"{name}/ce": ce,
+                    f"{name}/perplexity": math.exp(ce),
+                    f"{name}/tokens": int(sums[split]["tokens"]),
+                }
+                result[f"{name}/unigram_entropy"] = prepared.splits[split]["unigram_entropy"]
+                if any(router.trains_differently for router in model.routers.values()):
+                    result[f"{name}/ce_as_in_training"] = measure(split, as_in_training=True)
+            tensors = {f"{split}/{name}": value for split, values in sums.items() for name, value in values.items()}
+            save_file(tensors, folder / "evaluation.safetensors")
         except Diverged as diverged:
             recorder.say(f"diverged: {diverged}")
-            return _finish(opened, model, recorder, {"outcome": "diverged", "step": diverged.step}, {}, origin)
-        final = {"validation": validated.get(progress.step) or sums("validation"), "test": sums("test")}
-        result = {"outcome": "finished", "step": progress.step} | _figures(final, prepared)
-        if any(router.trains_differently for router in model.routers.values()):
-            for name, split in (("val", "validation"), ("test", "test")):
-                result[f"{name}/ce_as_in_training"] = mean_ce(sums(split, as_in_training=True))
-        return _finish(opened, model, recorder, result, final, origin)
-
-
-def _figures(final: dict[str, dict[str, Tensor]], prepared: Prepared) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name, split in (("val", "validation"), ("test", "test")):
-        ce = mean_ce(final[split])
-        figures |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(final[split]["tokens"])}
-        figures[f"{name}/unigram_entropy"] = prepared.splits[split]["unigram_entropy"]
-    return figures
-
-
-def _finish(
-    opened: Run,
-    model: Transformer,
-    recorder: Recorder,
-    result: dict[str, Any],
-    final: dict[str, dict[str, Tensor]],
-    origin: dict[str, Any],
-) -> int:
-    """Write evaluation and result, prune the checkpoints. Returns the exit status."""
-    settings, folder = opened.settings, opened.folder
-    lines = [line for line in recorder.lines() if "tokens_per_second" in line]
-    rates = [line["tokens_per_second"] for line in lines[1:] or lines]  # the first holds start-up and compiling
-    on_gpu = model.embedding.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tokens = settings.train.batch_size * settings.data.sequence_length
-    result |= {
-        "tokens": result["step"] * tokens,
-        "seconds": recorder.seconds(),
-        "train_seconds": lines[-1]["seconds"] if lines else 0.0,
-        "tokens_per_second": statistics.median(rates) if rates else None,
-        "peak_memory_bytes": peak,
-        "parameters/active": origin["parameters"]["active"],
-        "parameters/total": origin["parameters"]["total"],
-        "train_flops_per_token": origin["train_flops_per_token"],
-        "data_fingerprint": opened.prepared.fingerprint,
-    }
-    if final:
-        tensors = {
-            f"{split}/{name}": value.contiguous() for split, sums in final.items() for name, value in sums.items()
+            result, progress.step = {"outcome": "diverged"}, diverged.step
+        lines = [line for line in recorder.lines() if "tokens_per_second" in line]
+        rates = [line["tokens_per_second"] for line in lines[1:] or lines]  # the first holds start-up and compiling
+        on_gpu = device.type == "cuda"
+        peak = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        result |= {
+            "step": progress.step,
+            "tokens": progress.step * settings.train.batch_size * settings.data.sequence_length,
+            "seconds": time.perf_counter() - began,
+            "train_seconds": progress.seconds,
+            "tokens_per_second": statistics.median(rates) if rates else None,
+            "peak_memory_bytes": peak,
+            "parameters/active": origin["parameters"]["active"],
+            "parameters/total": origin["parameters"]["total"],
+            "train_flops_per_token": origin["train_flops_per_token"],
+            "data_fingerprint": prepared.fingerprint,
         }
-        save_file(tensors, folder / "evaluation.safetensors")
+        recorder.mirror.guarded(lambda run: run.summary.update(result))
+        checkpoint.prune(checkpoints, settings.record.keep_weights, settings.record.keep_optimizer)
+        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        if result["outcome"] == "diverged":
+            return DIVERGED
         recorder.say(
             f"finished: perplexity {result['val/perplexity']:.2f} on validation ({result['val/ce']:.4f} nats), "
             f"{result['test/perplexity']:.2f} on test ({result['test/ce']:.4f} nats); {folder}"
         )
-    recorder.summarise(result)
-    checkpoint.prune(folder / "checkpoints", settings.record.keep_weights, settings.record.keep_optimizer)
-    checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))
-    return FINISHED if final else DIVERGED
+        return FINISHED

@@ -55,7 +55,7 @@ class Trainer:
     batches: TrainingBatches
     progress: Progress
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[], None]
     checkpoint: Callable[[], None]
     stop: Sequence[int]  # filled by stop_requests
 
@@ -66,6 +66,8 @@ class Trainer:
         finite_before = torch.tensor(True, device=self.device)
         clock, clock_step = time.perf_counter(), progress.step
         with ThreadPoolExecutor(1) as ahead:
+            if progress.step == 0:
+                self.evaluate()
             upcoming = ahead.submit(self.micro_batches, progress.step)
             while progress.step < options.steps:
                 micros = upcoming.result()
@@ -98,7 +100,7 @@ class Trainer:
                     line = {"train/ce": float(ce), "lr": lr, "grad_norm": float(norm), "tokens_per_second": rate}
                     self.log(line | self.route_metrics(routings, real))
                 if evaluate:
-                    self.evaluate(progress.step)
+                    self.evaluate()
                 if checkpoint or self.stop:
                     self.checkpoint()
                 if self.stop and not last:

@@ -2,19 +2,13 @@
 
 import json
 import os
-import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
-from data.prepare import Prepared
-from models.transformer import Transformer
 from training.loop import Progress
 from training.settings import Settings
 
@@ -23,85 +17,54 @@ class Recorder:
     """Writes into the run folder. Use as a context: leaving it closes files and mirror, whatever happened."""
 
     def __init__(self, settings: Settings, folder: Path, resume_step: int):
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.since = settings, folder, time.perf_counter()
         self.console = open(folder / "console.log", "a")
-        self.shared = os.path.sameopenfile(1, self.console.fileno())  # in a sweep a job's output is console.log itself
         self.metrics = _cut_metrics(folder / "metrics.jsonl", resume_step)
-        self.since = time.perf_counter()
-        columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(30), TextColumn("{task.description}"))
-        self.bar = Bar(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty(), transient=True)
-        self.task = self.bar.add_task("", total=settings.train.steps)
         self.mirror = Mirror(settings, folder, self.say)
 
     def __enter__(self) -> "Recorder":
-        self.bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.bar.stop()
-        self.mirror.finish(failed=kind is not None)
+        self.mirror.guarded(lambda run: run.finish(exit_code=int(kind is not None)))
         self.metrics.close()
         self.console.close()
 
-    def start(self, model: Transformer, prepared: Prepared, device: torch.device, step: int) -> None:
-        """Say what is trained on what, and where the record goes."""
-        train, counts = self.settings.train, model.parameter_counts()
-        tokens = train.steps * train.batch_size * self.settings.data.sequence_length
-        self.say(f"{self.settings.arm}, seed {self.settings.seed}: {self.folder}")
-        self.say(
-            f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}; {tokens:,} tokens in "
-            f"{train.steps} steps, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
-        )
-        if step:
-            self.say(f"  resuming after step {step}")
-
     def say(self, line: str) -> None:
-        """One line for people, kept in console.log."""
-        self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        sys.stdout.flush()
-        if not self.shared:
+        """One line for people, kept in console.log; in a sweep a job's output is that file already."""
+        print(line, flush=True)
+        if not os.path.sameopenfile(1, self.console.fileno()):
             print(line, file=self.console, flush=True)
 
     def log(self, at: Progress, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its mirror."""
+        """One line of metrics.jsonl, its mirror, and a line for people."""
         train = self.settings.train
         tokens = at.step * train.batch_size * self.settings.data.sequence_length
         line = {"step": at.step, "steps": train.steps, "tokens": tokens, "seconds": at.seconds} | values
         print(json.dumps(line), file=self.metrics, flush=True)
-        self.mirror.log(line)
+        self.mirror.guarded(lambda run: run.log(line, step=at.step))
         if "train/ce" in values:
-            text = f"loss {values['train/ce']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
-            self.bar.update(self.task, completed=at.step, description=text)
-            if self.bar.disable:
-                left = (train.steps - at.step) * at.seconds / at.step
-                self.say(f"  step {at.step}/{train.steps}, {text}, {left:.0f} s to go")
-        elif "val/ce" in values:
-            self.say(f"  step {at.step}/{train.steps}, validation {values['val/ce']:.4f} nats per token")
+            left = (train.steps - at.step) * at.seconds / at.step
+            figures = f"loss {values['train/ce']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, {left:.0f} s to go"
+        else:
+            figures = f"validation {values['val/ce']:.4f} nats per token"
+        self.say(f"  step {at.step}/{train.steps}, {figures}")
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
-    def seconds(self) -> float:
-        """Since this process opened the run."""
-        return time.perf_counter() - self.since
-
-    def summarise(self, result: dict[str, Any]) -> None:
-        """The result, mirrored."""
-        self.mirror.summarise(result)
-
 
 class Mirror:
-    """wandb. The first failure is one warning and the end of mirroring; nothing here delays or harms a run."""
+    """wandb. The first failure is one warning and the end of mirroring; nothing here harms a run."""
 
-    def __init__(self, settings: Settings, folder: Path, say: Any):
+    def __init__(self, settings: Settings, folder: Path, say: Callable[[str], None]):
         self.say, self.run = say, None
         if settings.wandb.mode == "disabled":
             return
-        with self.guarded():
-            import wandb  # a second, and not needed when disabled
+        with self.warning():
+            import wandb  # takes a second, and is not needed when disabled
 
-            quiet = wandb.Settings(silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True)
             self.run = wandb.init(
                 id=folder.name,
                 name=folder.name,
@@ -115,44 +78,34 @@ class Mirror:
                 config=asdict(settings),
                 resume="allow" if settings.wandb.mode == "online" else None,
                 reinit="finish_previous",
-                settings=quiet,
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True
+                ),
             )
 
-    def log(self, line: dict[str, Any]) -> None:
+    def guarded(self, action: Callable[[Any], Any]) -> None:
+        """action(wandb run), if there is one."""
         if self.run is not None:
-            with self.guarded():
-                self.run.log(line, step=line["step"])
-
-    def summarise(self, result: dict[str, Any]) -> None:
-        if self.run is not None:
-            with self.guarded():
-                self.run.summary.update(result)
-
-    def finish(self, failed: bool) -> None:
-        if self.run is not None:
-            with self.guarded():
-                self.run.finish(exit_code=int(failed))
+            with self.warning():
+                action(self.run)
 
     @contextmanager
-    def guarded(self):
+    def warning(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever wandb does wrong, the files are the record
-            self.run = None
-            self.say(
-                f"warning: wandb failed and is off for this run ({type(error).__name__}: {str(error).splitlines()[0]})"
-            )
+            self.run, why = None, (str(error).splitlines() or [""])[0]
+            self.say(f"warning: wandb failed and is off for this run ({type(error).__name__}: {why})")
 
 
-def _cut_metrics(path: Path, step: int):
+def _cut_metrics(path: Path, step: int) -> IO[str]:
     """Open metrics.jsonl for appending, without what came after the checkpoint that the run goes on from."""
     kept = []
-    if path.exists() and step > 0:
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):  # a line cut by a kill
-                continue
-    path.write_text("".join(line + "\n" for line in kept))
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # a line cut by a kill
+            continue
+    path.write_text("".join(kept))
     return open(path, "a")
