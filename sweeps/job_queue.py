@@ -29,57 +29,41 @@ class Queue:
     slots: the environment variables that each gives its jobs, e.g. {"CUDA_VISIBLE_DEVICES": "0"}
     target: "module:function" that gets the job's config (DictConfig) and returns its exit status
     preload: modules that the server imports besides the target's
-    grace_seconds: between SIGTERM and SIGKILL; timeout_seconds: what a job may take
+    grace_seconds: between SIGTERM and SIGKILL
     """
 
     def __init__(
-        self,
-        jobs: list[Job],
-        slots: list[dict[str, str]],
-        target: str,
-        preload: tuple[str, ...] = (),
-        grace_seconds: float = 20.0,
-        timeout_seconds: float = float("inf"),
+        self, jobs: list[Job], slots: list[dict[str, str]], target: str, preload: tuple[str, ...], grace_seconds: float
     ):
-        self.jobs, self.free, self.target = jobs, list(slots), target
-        self.grace_seconds, self.timeout_seconds = grace_seconds, timeout_seconds
+        self.jobs, self.free, self.target, self.grace_seconds = jobs, list(slots), target, grace_seconds
         self.signals: list[int] = []  # SIGINT and SIGTERM received
         self.display = Display(jobs, len(slots))
         multiprocessing.get_context("forkserver").set_forkserver_preload([*preload, target.split(":")[0]])
         # The server reads these when it starts, with the first job. Python 3.11 hands it no sys.path, and it
         # skips what it cannot import. OpenBLAS starts threads at import; what has threads should not fork.
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        threads = max(1, len(os.sched_getaffinity(0)) // len(slots))
-        os.environ |= {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": str(threads),
-        }
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(slots)))
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower
 
     def run(self) -> bool:
         """Runs all jobs without a status, until SIGINT or SIGTERM (see signals). True if all are finished."""
-        before = {each: signal.signal(each, self.note_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, frame: self.signals.append(number))
         try:
-            with self.display:
-                while self.running() or (self.waiting() and not self.signals):
-                    self.turn()
+            while self.running() or (self.waiting() and not self.signals):
+                self.turn()
         finally:
             for job in self.running():  # only if the loop itself failed
                 send(job, signal.SIGKILL)
-            for number, handler in before.items():
-                signal.signal(number, handler)
         self.display.summary()
         return all(job.status == 0 for job in self.jobs)
-
-    def waiting(self) -> list[Job]:
-        return [job for job in self.jobs if job.waiting]
 
     def running(self) -> list[Job]:
         return [job for job in self.jobs if job.running]
 
-    def note_signal(self, number: int, frame: object) -> None:
-        self.signals.append(number)
+    def waiting(self) -> list[Job]:
+        return [job for job in self.jobs if job.waiting]
 
     def turn(self) -> None:
         """Starts what can start, waits a moment, and looks after what runs."""
@@ -90,31 +74,31 @@ class Queue:
             if job.process and job.process.exitcode is not None:
                 self.end(job, job.process.exitcode)
             elif self.signals:
-                self.stop(job, "interrupted")
-            elif time.time() > job.began + self.timeout_seconds:
-                self.stop(job, f"stopped at its time limit of {self.timeout_seconds / 60:g} minutes")
+                self.stop(job)
         self.display.update()
 
     def start(self, job: Job) -> None:
-        job.begin(self.free.pop(0))
-        arguments = (self.target, job.config, str(job.console), job.slot, self.grace_seconds)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "error.txt").unlink(missing_ok=True)  # an earlier attempt's
+        job.slot, job.began = self.free.pop(0), time.time()
+        arguments = (self.target, job.config, str(job.folder / "console.log"), job.slot, self.grace_seconds)
         job.process = ForkServerProcess(target=child, args=arguments)
         job.process.start()
-        self.display.started(job)
+        self.display.event(job, "started")
 
     def end(self, job: Job, status: int) -> None:
         send(job, signal.SIGKILL)  # to what it left behind in its group
-        job.finish(status)
+        job.status, job.seconds = status, time.time() - job.began
         self.free.append(job.slot)
-        self.display.ended(job)
+        self.display.event(job, job.outcome())
 
-    def stop(self, job: Job, reason: str) -> None:
+    def stop(self, job: Job) -> None:
         """SIGTERM, upon which a job saves and exits with 75; SIGKILL when the time of grace is over."""
-        if job.stopped and time.time() > job.kill_at:
+        if job.kill_at and time.time() > job.kill_at:
             send(job, signal.SIGKILL)
-        elif not job.stopped and send(job, signal.SIGTERM):
-            job.stopped, job.kill_at = reason, time.time() + self.grace_seconds
-            self.display.say(f"{job.folder.name} {reason}: it has {self.grace_seconds:g} s to save its state")
+        elif not job.kill_at and send(job, signal.SIGTERM):
+            job.kill_at = time.time() + self.grace_seconds
+            self.display.event(job, f"has {self.grace_seconds:g} s to save its state")
 
 
 def send(job: Job, number: int) -> bool:

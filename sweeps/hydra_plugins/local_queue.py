@@ -30,43 +30,29 @@ class LocalQueue(Launcher):
     Ends with exit status 1 if a job did not finish, 130 or 143 if it was stopped by SIGINT or SIGTERM.
     """
 
-    def __init__(
-        self, jobs_per_gpu: int, cpu_slots: int, grace_seconds: float, job_timeout_minutes: float | None
-    ) -> None:
+    def __init__(self, jobs_per_gpu: int, cpu_slots: int, grace_seconds: float) -> None:
         if min(jobs_per_gpu, cpu_slots) < 1:
             raise ValueError(f"jobs_per_gpu={jobs_per_gpu} and cpu_slots={cpu_slots} must be at least 1")
-        self.jobs_per_gpu = jobs_per_gpu
-        self.cpu_slots = cpu_slots
-        self.grace_seconds = grace_seconds
-        self.timeout_seconds = float("inf") if job_timeout_minutes is None else 60 * job_timeout_minutes
+        self.jobs_per_gpu, self.cpu_slots, self.grace_seconds = jobs_per_gpu, cpu_slots, grace_seconds
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
-        self.config = config
+        self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         configs = [self.compose(overrides) for overrides in job_overrides]
         checked = [check(config, overrides) for config, overrides in zip(configs, job_overrides)]
-        folders = [job.open_run(each).folder for each in checked]
-        # Two overrides may compose to one run, which is then one job.
-        jobs = {
-            folder: Job(folder, OmegaConf.to_yaml(config), status=0 if job.is_finished(folder) else None)
-            for folder, config in zip(folders, configs)
-        }
+        folders = [job.open_run(settings).folder for settings in checked]
+        jobs = {}  # two overrides may compose to one run, which is then one job
+        for folder, config in zip(folders, configs):
+            jobs[folder] = Job(folder, OmegaConf.to_yaml(config), status=0 if job.is_finished(folder) else None)
         record(configs[0], list(jobs))
-        queue = Queue(
-            list(jobs.values()),
-            self.slots(configs[0].device),
-            target="training.job:run",
-            preload=PRELOAD,
-            grace_seconds=self.grace_seconds,
-            timeout_seconds=self.timeout_seconds,
-        )
+        slots = self.slots(configs[0].device)
+        queue = Queue(list(jobs.values()), slots, "training.job:run", PRELOAD, self.grace_seconds)
         if not queue.run():
             raise SystemExit(128 + queue.signals[0] if queue.signals else 1)
         return [
-            JobReturn(overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=jobs[folder].status)
-            for overrides, config, folder in zip(job_overrides, configs, folders)
+            JobReturn(overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=0)
+            for overrides, config in zip(job_overrides, configs)
         ]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
@@ -83,19 +69,7 @@ class LocalQueue(Launcher):
         gpus = [str(index) for index in range(0 if device == "cpu" else torch.cuda.device_count())]
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(self.jobs_per_gpu) for gpu in gpus] or [
-            {}
-        ] * self.cpu_slots
-
-
-def record(config: DictConfig, folders: list[Path]) -> None:
-    """Writes <runs>/sweeps/<name>.json: which runs the sweep consists of."""
-    name = config.sweep or "sweep"
-    runs = [folder.name for folder in folders]
-    content = {"sweep": name, "scale": config.scale, "command": ["python", *sys.argv], "runs": runs}
-    path = folders[0].parent / "sweeps" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=1))
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus * self.jobs_per_gpu] or [{}] * self.cpu_slots
 
 
 def check(config: DictConfig, overrides: Sequence[str]) -> Settings:
@@ -104,3 +78,12 @@ def check(config: DictConfig, overrides: Sequence[str]) -> Settings:
         return read(config)
     except ValueError as error:
         raise ValueError(f"{' '.join(filter_overrides(overrides))}: {error}") from error
+
+
+def record(config: DictConfig, folders: list[Path]) -> None:
+    """Writes <runs>/sweeps/<name>.json: which runs the sweep consists of."""
+    name, runs = config.sweep or "sweep", [folder.name for folder in folders]
+    content = {"sweep": name, "scale": config.scale, "command": ["python", *sys.argv], "runs": runs}
+    path = folders[0].parent / "sweeps" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1))
