@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data.batches import Tokens
 from routers.assignment import balanced_assignment
-from routers.routing import Router, Routing, Site, one_each
+from routers.routing import Router, Routing, Site, at_least_float32, one_each
 
 
 class BalancedAssignment(Router):
@@ -28,7 +28,7 @@ class BalancedAssignment(Router):
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+            hidden = at_least_float32(hidden)
             scores = hidden @ self.centroids.to(hidden.dtype).T  # (B, S, E)
         report = {}
         if self.training:

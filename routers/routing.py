@@ -95,13 +95,16 @@ def count(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Ten
     return torch.zeros(num_experts, dtype=weight.dtype, device=expert.device).scatter_add_(0, expert, weight)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Router scores, weights and losses are never of fewer bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def one_each(
     expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict[str, Tensor] | None = None
 ) -> Routing:
     """A routing of one expert a token. expert (B, S); weight (B, S), cast to at least float32."""
-    expert = expert.reshape(-1)
-    weight = weight.reshape(-1)
-    weight = weight if weight.dtype == torch.float64 else weight.float()
+    expert, weight = expert.reshape(-1), at_least_float32(weight.reshape(-1))
     token = torch.arange(len(expert), device=expert.device)
     return Routing(
         token, expert, weight, weight.new_zeros(()) if aux_loss is None else aux_loss, report or {}, fan_out=1

@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 
 from data.batches import Tokens
 from data.randomness import uniform
-from routers.routing import Router, Routing, Site, one_each
+from routers.routing import Router, Routing, Site, at_least_float32, one_each
 
 
 class Switch(Router):
@@ -53,7 +53,7 @@ class Switch(Router):
 
     def scores(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """W h in at least float32, (B, S, E)."""
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+        hidden = at_least_float32(hidden)
         if self.training and self.jitter > 0:
             position, column = tokens.position[..., None], torch.arange(hidden.shape[-1], device=hidden.device)
             draw = uniform(tokens.key[:, None, None], self.site.layer, position, column)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from data.batches import Batch, Split, evaluation_batches
 from models.transformer import Transformer
-from routers.routing import Plan, Routing, count
+from routers.routing import Plan, Routing, at_least_float32, count
 
 Losses = tuple[Tensor, dict[int, Routing], Tensor]
 
@@ -21,7 +21,7 @@ Losses = tuple[Tensor, dict[int, Routing], Tensor]
 def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
     """Cross-entropy (B, S) in nats, 0 on padding; the routings; the summed auxiliary loss."""
     output = model(batch.tokens, plans, batch.document if mask_documents else None)
-    ce = cross_entropy(output.logits.float().flatten(0, 1), batch.target.flatten(), reduction="none")
+    ce = cross_entropy(at_least_float32(output.logits).flatten(0, 1), batch.target.flatten(), reduction="none")
     return ce.view(batch.target.shape) * batch.tokens.real, output.routings, output.aux_loss
 
 
