@@ -44,29 +44,20 @@ class ModelSettings:
         for name in ("num_layers", "d_model", "d_ff", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1; got {getattr(self, name)}")
-        for name, known in (
-            ("norm", NORMS),
-            ("positions", POSITIONS),
-            ("activation", ACTIVATIONS),
-            ("dispatch", PATHS),
-        ):
+        choices = {"norm": NORMS, "positions": POSITIONS, "activation": ACTIVATIONS, "dispatch": PATHS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {getattr(self, name)}")
-        if self.d_model % self.num_heads:
-            raise ValueError(
-                f"model.d_model must be divisible by model.num_heads; got {self.d_model} and {self.num_heads}"
-            )
-        if self.positions == "rotary" and self.d_model // self.num_heads % 2:
-            raise ValueError(f"rotary positions need an even head width; got {self.d_model // self.num_heads}")
+        if self.d_model % self.num_heads or self.positions == "rotary" and self.d_model // self.num_heads % 2:
+            rule = "must be divisible by model.num_heads, to an even width of each head with rotary positions"
+            raise ValueError(f"model.d_model {rule}; got {self.d_model} and {self.num_heads}")
         if self.d_model % 8 or self.d_ff % 8:
             raise ValueError(f"model.d_model and model.d_ff must be multiples of 8; got {self.d_model} and {self.d_ff}")
-        for layer in self.sparse_layers:
-            if not 0 <= layer < self.num_layers:
-                raise ValueError(
-                    f"model.sparse_layers must lie in 0..{self.num_layers - 1} (num_layers - 1); got {layer}"
-                )
-        if len(set(self.sparse_layers)) < len(self.sparse_layers):
-            raise ValueError(f"model.sparse_layers must not repeat a layer; got {self.sparse_layers}")
+        if not set(self.sparse_layers) <= set(range(self.num_layers)) or len(set(self.sparse_layers)) < len(
+            self.sparse_layers
+        ):
+            rule = f"must be different layers in 0..{self.num_layers - 1}"
+            raise ValueError(f"model.sparse_layers {rule} (model.num_layers - 1); got {self.sparse_layers}")
 
 
 class Output(NamedTuple):

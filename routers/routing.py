@@ -151,16 +151,3 @@ def joined(routings: list[Routing], num_tokens: int) -> Routing:
         {name: mean([r.report[name] for r in routings]) for name in routings[0].report},
         routings[0].fan_out,
     )
-
-
-def check(routing: Routing, num_tokens: int, num_experts: int) -> None:
-    """Assert the invariants of a routing over T tokens. For tests and certificates: it waits for the device."""
-    token, expert, weight = routing.token, routing.expert, routing.weight
-    assert token.shape == expert.shape == weight.shape and token.dim() == 1
-    assert token.dtype == expert.dtype == torch.int64
-    assert weight.dtype in (torch.float32, torch.float64) and routing.aux_loss.dtype in (torch.float32, torch.float64)
-    assert bool(((token >= 0) & (token < num_tokens)).all()) and bool(((expert >= 0) & (expert < num_experts)).all())
-    assert bool((weight >= 0).all()) and bool(torch.isfinite(weight).all()) and routing.aux_loss.dim() == 0
-    if routing.fan_out is not None:
-        expected = torch.arange(num_tokens, device=token.device).repeat_interleave(routing.fan_out)
-        assert torch.equal(token, expected), "fan_out promises each token fan_out times in a row"

@@ -15,7 +15,7 @@ from data.randomness import generator, mix
 from data.tokenizer import BEGIN, END
 from models.experts import Experts
 from models.transformer import ModelSettings, Transformer
-from routers.routing import Router, Site
+from routers.routing import Router, Routing, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH, WIDTH, EXPERTS = 40, 12, 16, 4
@@ -126,6 +126,19 @@ def router_of(name: str, site: Site) -> Router:
 
     found, options = target({str(k): v for k, v in compose_config(f"router={name}").router.items()})
     return found(site, **options)
+
+
+def check(routing: Routing, num_tokens: int, num_experts: int) -> None:
+    """Assert the invariants of a routing over T tokens."""
+    token, expert, weight = routing.token, routing.expert, routing.weight
+    assert token.shape == expert.shape == weight.shape and token.dim() == 1
+    assert token.dtype == expert.dtype == torch.int64
+    assert weight.dtype in (torch.float32, torch.float64) and routing.aux_loss.dtype in (torch.float32, torch.float64)
+    assert bool(((token >= 0) & (token < num_tokens)).all()) and bool(((expert >= 0) & (expert < num_experts)).all())
+    assert bool((weight >= 0).all()) and bool(torch.isfinite(weight).all()) and routing.aux_loss.dim() == 0
+    if routing.fan_out is not None:
+        expected = torch.arange(num_tokens, device=token.device).repeat_interleave(routing.fan_out)
+        assert torch.equal(token, expected), "fan_out promises each token fan_out times in a row"
 
 
 ROUTERS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml") if path.stem != "dense")

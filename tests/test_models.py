@@ -192,8 +192,8 @@ def test_the_path_is_chosen_openly():
     ("changes", "message"),
     [
         ({"num_heads": 3}, "divisible"),
-        ({"sparse_layers": [2]}, r"0..1 \(num_layers - 1\); got 2"),
-        ({"sparse_layers": [1, 1]}, "repeat"),
+        ({"sparse_layers": [2]}, r"layers in 0..1 \(model.num_layers - 1\); got \[2\]"),
+        ({"sparse_layers": [1, 1]}, "different layers"),
         ({"num_layers": 0}, "num_layers"),
         ({"activation": "tanh"}, "activation"),
         ({"d_ff": 12}, "multiples of 8"),

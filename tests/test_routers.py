@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from conftest import EXPERTS, LENGTH, ROUTERS, VOCAB, WIDTH, make_site, router_of, shaken, some_batch
+from conftest import EXPERTS, LENGTH, ROUTERS, VOCAB, WIDTH, check, make_site, router_of, shaken, some_batch
 
 from data.randomness import generator, uniform
 from routers.base_layers import BalancedAssignment
 from routers.hash import Hash
-from routers.routing import Plan, Routing, check, joined, load_metrics, load_of, make_plan
+from routers.routing import Plan, Routing, joined, load_metrics, load_of, make_plan
 from routers.switch import Switch, balance_loss, within_capacity
 from routers.tables import TABLES, balance_bound, balanced_table
 

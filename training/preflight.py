@@ -25,48 +25,47 @@ def read(config: DictConfig) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    train, record = settings.train, settings.record
-    positive = {
-        "num_experts": settings.num_experts,
-        "data.sequence_length": settings.data.sequence_length,
-        "train.steps": train.steps,
-        "train.batch_size": train.batch_size,
-        "train.routing_group": train.routing_group,
-        "train.lr": train.lr,
-        "record.log_every": record.log_every,
-        "record.evaluate_every": record.evaluate_every,
+    train, record, inf = settings.train, settings.record, float("inf")
+    micro = train.micro_batch or train.batch_size
+    ranges = {  # name: value, least, most
+        "seed": (settings.seed, 0, inf),
+        "num_experts": (settings.num_experts, 1, inf),
+        "data.vocab_size": (settings.data.vocab_size, 1, inf),
+        "data.sequence_length": (settings.data.sequence_length, 1, inf),
+        "train.steps": (train.steps, 1, inf),
+        "train.batch_size": (train.batch_size, 1, inf),
+        "train.routing_group": (train.routing_group, 1, inf),
+        "train.micro_batch": (micro, 1, inf),
+        "train.lr": (train.lr, 1e-12, 1e3),
+        "train.min_lr_share": (train.min_lr_share, 0, 1),
+        "train.warmup_steps": (train.warmup_steps, 0, inf),
+        "train.weight_decay": (train.weight_decay, 0, 1e3),
+        "train.beta1": (train.beta1, 0, 0.999999),
+        "train.beta2": (train.beta2, 0, 0.999999),
+        "train.grad_clip": (train.grad_clip, 0, inf),
+        "record.log_every": (record.log_every, 1, inf),
+        "record.evaluate_every": (record.evaluate_every, 1, inf),
+        "record.checkpoint_every": (record.checkpoint_every, 0, inf),
     }
-    for name, value in positive.items():
-        if not value > 0 or value == float("inf"):
-            raise ValueError(f"{name} must be at least 1 (lr: above 0); got {value}")
-    for name in ("weight_decay", "grad_clip", "warmup_steps", "min_lr_share"):
-        if not getattr(train, name) >= 0:
-            raise ValueError(f"train.{name} must not be negative; got {getattr(train, name)}")
-    choices = (
-        ("device", settings.device, ("auto", "cpu", "cuda")),
-        ("train.schedule", train.schedule, ("cosine", "linear")),
-        ("train.precision", train.precision, ("auto", "bf16", "float32")),
-        ("wandb.mode", settings.wandb.mode, ("offline", "online", "disabled")),
-    )
-    for name, value, known in choices:
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            limit = f"at least {least}" if most == inf else f"between {least} and {most}"
+            raise ValueError(f"{name} must be {limit}; got {value}")
+    choices = {
+        "device": (settings.device, ("auto", "cpu", "cuda")),
+        "train.schedule": (train.schedule, ("cosine", "linear")),
+        "train.precision": (train.precision, ("auto", "bf16", "float32")),
+        "wandb.mode": (settings.wandb.mode, ("offline", "online", "disabled")),
+    }
+    for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(train, name) < 1:
-            raise ValueError(f"train.{name} must be in [0, 1); got {getattr(train, name)}")
-    micro = train.micro_batch or train.batch_size
     if train.batch_size % micro or micro % train.routing_group:
-        raise ValueError(
-            "train.batch_size must be a multiple of train.micro_batch, and that of train.routing_group; "
-            f"got {train.batch_size}, {micro} and {train.routing_group}"
-        )
-    if settings.seed < 0:
-        raise ValueError(f"seed must not be negative; got {settings.seed}")
+        rule = "train.batch_size must be a multiple of train.micro_batch, and that of train.routing_group"
+        raise ValueError(f"{rule}; got {train.batch_size}, {micro} and {train.routing_group}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU")
     settings.model.check()
-    if settings.data.vocab_size < 1:
-        raise ValueError(f"data.vocab_size must be at least 1; got {settings.data.vocab_size}")
     target(settings.data.corpus)
     target(settings.experts)
     if settings.router.get("_target_") is not None:

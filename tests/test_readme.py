@@ -1,0 +1,47 @@
+import importlib.util
+import re
+import subprocess
+import sys
+
+import yaml
+from conftest import ROOT, compose_config
+from omegaconf import open_dict
+
+from training.job import FINISHED, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """The code block under the line that names a file."""
+    return re.search(rf"`{name}`:\n\n```\w+\n(.*?)```", README, re.S).group(1)
+
+
+def test_the_router_that_readme_adds_trains(tiny, tmp_path, monkeypatch):
+    source = tmp_path / "modulo.py"
+    source.write_text(block("routers/modulo.py"))
+    spec = importlib.util.spec_from_file_location("routers.modulo", source)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "routers.modulo", module)
+    spec.loader.exec_module(module)
+    config = compose_config("router=dense", *tiny)
+    with open_dict(config):
+        config.router, config.arm = yaml.safe_load(block("conf/router/modulo.yaml")), "modulo"
+    assert run(config) == FINISHED
+    assert len(list((tmp_path / "runs").glob("modulo-s0-*/result.json"))) == 1
+
+
+def test_every_router_and_every_metric_is_in_readme():
+    for path in (ROOT / "conf" / "router").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
+    for metric in ("max_over_mean", "entropy", "dropped", "unused", "aux_loss", "assignment_gap"):
+        assert f"`route/<layer>/{metric}`" in README
+
+
+def test_the_tree_in_readme_is_true():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in tree.strip().splitlines()}
+    assert all((ROOT / name).exists() for name in named)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    folders = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
+    assert folders <= named | {"notebooks", "benchmarks"}
