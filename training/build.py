@@ -1,5 +1,7 @@
 """Settings -> router, model."""
 
+import functools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,5 +82,10 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
 
 def open_data(settings: Settings) -> Prepared:
     """The run's data, prepared if need be. Raises ValueError for unusable data."""
-    corpus, options = target(settings.data.corpus)
-    return prepare(corpus(**options), settings.data.vocab_size, Path(settings.data.cache).expanduser())
+    return _open_data(json.dumps(settings.data.corpus), settings.data.vocab_size, settings.data.cache)
+
+
+@functools.cache  # the jobs of a sweep mostly share their data
+def _open_data(corpus_node: str, vocab_size: int, cache: str) -> Prepared:
+    corpus, options = target(json.loads(corpus_node))
+    return prepare(corpus(**options), vocab_size, Path(cache).expanduser())
