@@ -85,7 +85,7 @@ def corpus(tmp_path_factory) -> Path:
     draws = generator("corpus")
     words = ["".join(chr(97 + int(c)) for c in torch.randint(8, (3,), generator=draws)) for _ in range(60)]
     for number in range(40):
-        picked = torch.randint(60, (400,), generator=draws) * torch.randint(2, (400,), generator=draws)
+        picked = torch.randint(60, (160,), generator=draws) * torch.randint(2, (160,), generator=draws)
         (folder / f"{number}.txt").write_text(" ".join(words[int(i)] for i in picked))
     return folder
 

@@ -206,3 +206,15 @@ def test_models_that_cannot_be_are_refused(changes, message):
 
 def test_the_vocabulary_is_the_models():
     assert make_transformer()(some_batch().tokens).logits.shape == (4, LENGTH, VOCAB)
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, None])
+def test_a_training_step_is_one_graph(name):
+    """No graph break in any router's forward and backward; the compiler's own graph runs to the same values."""
+    model = shaken(make_transformer(name and (lambda layer: router_of(name, make_site(layer=layer)))))
+    batch = some_batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):  # the compiler takes grouped_mm in bf16 alone
+        seen = [run(batch.tokens, model.plan(batch.tokens)).logits for run in (model, compiled)]
+    torch.testing.assert_close(*seen, atol=0.05, rtol=0.05)
+    seen[1].square().mean().backward()

@@ -105,8 +105,9 @@ def _train(opened: Run) -> int:
     with stop_requests() as stop, Recorder(settings, folder, progress.step) as recorder:
         recorder.say(f"{settings.arm}, seed {settings.seed}: {folder}")
         tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
+        counts, path = origin["parameters"], origin["dispatch"]
         recorder.say(
-            f"  {origin['parameters']['active']:,} active of {origin['parameters']['total']:,} parameters on {device}; "
+            f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}, dispatch {path}; "
             f"{tokens:,} tokens, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
             + (f"; going on after step {progress.step}" if progress.step else "")
         )

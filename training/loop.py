@@ -97,7 +97,8 @@ class Trainer:
                 progress.clipped = int(clipped)
                 if log:
                     rate = (progress.step - clock_step) * options.batch_size * self.batches.split.length / seconds
-                    line = {"train/ce": float(ce), "lr": lr, "grad_norm": float(norm), "tokens_per_second": rate}
+                    line = {"train/ce": float(ce), "lr": lr, "grad_norm": float(norm)}
+                    line |= {"clipped": progress.clipped / progress.step, "tokens_per_second": rate}
                     self.log(line | self.route_metrics(routings, real))
                 if evaluate:
                     self.evaluate()
