@@ -45,3 +45,8 @@ def test_the_tree_in_readme_is_true():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
     assert folders <= named | {"notebooks", "benchmarks"}
+
+
+def test_the_table_in_readme_is_the_committed_one():
+    table = (ROOT / "results" / "smoke" / "quickstart" / "table.md").read_text()
+    assert "\n".join(line for line in table.splitlines() if line.startswith("|")) in README
