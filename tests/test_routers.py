@@ -195,6 +195,20 @@ def test_switchs_loss_counts_before_dropping_and_has_no_gradient_through_counts(
     torch.testing.assert_close(loose.gate.grad, grad)
 
 
+def test_padding_takes_no_room_in_switch_and_enters_no_loss():
+    router = make_switch(capacity_factor=1.0)
+    batch = some_batch(padding=5)
+    hidden = hidden_of(batch)
+    changed = torch.where(batch.tokens.real[..., None], hidden, 9.0)
+    one, other = router(hidden, batch.tokens), router(changed, batch.tokens)
+    assert torch.equal(one.aux_loss, other.aux_loss)
+    assert torch.equal(one.weight, other.weight)
+    moved = torch.cat([hidden[-1:, -5:] * 0 + 9, hidden[-1:, :-5]], 1)  # the padding first: the same tokens drop
+    first = batch.tokens._replace(real=batch.tokens.real.flip(1))
+    kept = router(torch.cat([hidden[:-1], moved]), first).weight.view(4, -1)[-1, 5:]
+    assert torch.equal(kept > 0, one.weight.view(4, -1)[-1, :-5] > 0)
+
+
 def test_capacity_drops_by_position():
     # 6 tokens, 2 experts, factor 1: three each. Expert 0 is wanted by tokens 0, 1, 3, 4, 5: the last two find no room
     kept = within_capacity(one_hot([0, 0, 1, 0, 0, 0], 2), 1.0)
