@@ -86,7 +86,9 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
         for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
             splits[split], counts[split] = _write_split(partial / f"{split}.npy", corpus.documents(split), tokenizer)
             if not splits[split]["documents"]:
-                raise ValueError(f"the {split} split of the corpus is empty: it needs other files or shares")
+                raise ValueError(
+                    f"the {split} split of the corpus is empty: it needs more documents, or other data.corpus shares"
+                )
             figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
             say(f"preparing the corpus: {split}: {figures}")
         np.save(partial / "counts.npy", counts["train"])

@@ -32,7 +32,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     pieces = (piece for text in documents for piece in cut(text))
     tokenizer.train_from_iterator(_first_bytes(pieces, TRAIN_BYTES), trainer)
     if (reached := tokenizer.get_vocab_size()) != vocab_size:
-        raise ValueError(f"vocab_size={vocab_size}: the training text is too short, it yields {reached} entries")
+        raise ValueError(f"data.vocab_size={vocab_size}: the training text is too short, it yields {reached} entries")
     tokenizer.encode_special_tokens = True  # text that spells "<|end|>" must not become id 0
     return tokenizer
 

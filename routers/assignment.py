@@ -23,9 +23,9 @@ class Assignment(NamedTuple):
 
 
 def balanced_assignment(scores: Tensor, price_steps: int | None = None) -> Assignment:
-    """Assign each token once. scores (T, E) floating, any device. Raises ValueError if a score is not finite."""
+    """Assign each token once. scores (T, E), any device. Raises FloatingPointError if a score is not finite."""
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("balanced assignment needs finite scores; the run has diverged")
+        raise FloatingPointError("balanced assignment needs finite scores")
     tokens, experts = scores.shape
     if tokens == 0:
         return Assignment(torch.zeros(0, dtype=torch.int64, device=scores.device), 0.0, 0.0)
@@ -72,7 +72,7 @@ def balancing_prices(scores: Tensor, steps: int) -> Tensor:
 def _spread_ties(reduced: np.ndarray) -> np.ndarray:
     """(T,) argmax over experts; tokens with several equally good experts take them in turn."""
     best = reduced.max(1, keepdims=True)
-    tied = reduced >= best - 1e-12 * max(float(np.abs(reduced).max()), 1e-300)
+    tied = reduced == best  # exactly: a tolerance would start off the optimum, and paths could then be cycles
     turn = np.arange(len(reduced)) % tied.sum(1) + 1
     return (tied & (tied.cumsum(1) == turn[:, None])).argmax(1)
 
@@ -102,6 +102,7 @@ def _balance(scores: np.ndarray, expert: np.ndarray) -> np.ndarray:
             moved = members[(scores[members, first] - scores[members, last]).argmin()]
             expert[moved] = last
             path.append(last := first)
+            assert len(path) <= experts, "a cycle that gains: the assignment was not optimal for its loads"
         load[path[0]] += 1
         load[path[-1]] -= 1
         for changed in path:

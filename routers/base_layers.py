@@ -13,8 +13,8 @@ class BalancedAssignment(Router):
     sigmoid(h_t . w_{a(t)}), so that x + weight * f(x) is the published mixture. No loss, no capacity.
 
     Stands in the place of an FFN and reads its normed input, a deviation from the paper's inserted layer on the raw
-    residual stream. report: assignment_gap, the certified distance to the optimum. Raises ValueError if a score in
-    training is not finite.
+    residual stream. report: assignment_gap, the certified distance to the optimum. Raises FloatingPointError if a score
+    in training is not finite.
     """
 
     trains_differently = True

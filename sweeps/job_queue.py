@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Queue:
 
     def run(self) -> bool:
         """Runs all jobs without a status, until SIGINT or SIGTERM (see signals). True if all are finished."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits that: Ctrl-C reaches jobs by this process
+        forkserver.ensure_running()
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda number, frame: self.signals.append(number))
         try:
@@ -103,7 +105,8 @@ class Queue:
 
 def send(job: Job, number: int) -> bool:
     """Signals the job's process group; False if there is none: too young to have one, or all gone."""
-    assert job.process and job.process.pid
+    if not (job.process and job.process.pid):
+        return False
     with suppress(ProcessLookupError):
         os.killpg(job.process.pid, number)
         return True

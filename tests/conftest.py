@@ -124,7 +124,7 @@ def router_of(name: str, site: Site) -> Router:
     """The router that conf/router/<name>.yaml describes."""
     from training.targets import target
 
-    found, options = target({str(k): v for k, v in compose_config(f"router={name}").router.items()})
+    found, options = target({str(k): v for k, v in compose_config(f"router={name}").router.items()}, skip=1)
     return found(site, **options)
 
 

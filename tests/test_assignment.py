@@ -74,5 +74,11 @@ def test_prices_only_save_time():
 def test_scores_that_are_not_finite_stop(bad):
     scores = torch.zeros(8, 2)
     scores[3, 1] = bad
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(FloatingPointError, match="finite"):
         balanced_assignment(scores)
+
+
+def test_scores_that_differ_by_rounding_alone_end():
+    rows = [[3, 9, 0], [9, 3, 6], [0, 3, 6], [1e13, 6, 0], [3, 9, 6], [6, 3, 0]]
+    scores = torch.tensor(rows, dtype=torch.float64) * 1e-13
+    assert balanced_assignment(scores).value == pytest.approx(exact(scores.numpy()), rel=1e-9)

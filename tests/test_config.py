@@ -50,6 +50,8 @@ BAD = [
     ("experts._target_=models.experts.grouped", "must name a class"),
     ("router._target_=routers.none.None", "does not exist"),
     ("router.load_balance_coef=much", "load_balance_coef"),
+    ("~router.jitter", "needs the option jitter"),
+    ("router._target_=routers.routing.Site", "routers.routing.Site"),
     ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
 ]
 

@@ -287,6 +287,10 @@ def test_load_run_gives_the_model_back_and_it_samples(tiny):
     assert text == sample(loaded, "abc", 40, 0.8, seed=0)
     with pytest.raises(ValueError, match="no run folder"):
         load_run(folder.parent)
+    provenance = folder / "provenance.json"
+    provenance.write_text(provenance.read_text().replace(loaded.prepared.fingerprint, "another"))
+    with pytest.raises(ValueError, match="was trained on data another"):
+        load_run(folder)
 
 
 def test_wandb_can_fail_and_mirrors_when_it_does_not(tiny, tmp_path, monkeypatch):

@@ -22,7 +22,11 @@ from training.targets import target
 
 def make_router(settings: Settings, layer: int, token_counts: Tensor) -> Router:
     """The router of one layer. token_counts (V,) int64. Raises ValueError as the router does."""
-    router, options = target(settings.router)
+    router, options = target(settings.router, skip=1)
+    if not issubclass(router, Router):
+        raise ValueError(
+            f"router._target_ must be a class of routers.routing.Router; got {settings.router['_target_']}"
+        )
     site = Site(
         layer=layer,
         num_experts=settings.num_experts,
@@ -39,7 +43,7 @@ def make_router(settings: Settings, layer: int, token_counts: Tensor) -> Router:
 
 def make_model(settings: Settings, prepared: Prepared, device: torch.device) -> Transformer:
     """The model with its first values, on the CPU, for training on this device. Raises ValueError as its parts do."""
-    experts, options = target(settings.experts)
+    experts, options = target(settings.experts, skip=4)
     model = settings.model
     routed = settings.router["_target_"] is not None
     return Transformer(

@@ -155,6 +155,9 @@ def load_run(folder: str | Path) -> LoadedRun:
     if last is None:
         raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
     prepared = open_data(settings)
+    trained_on = json.loads((folder / "provenance.json").read_text())["data"]["fingerprint"]
+    if prepared.fingerprint != trained_on:
+        raise ValueError(f"{folder} was trained on data {trained_on}; the corpus now gives {prepared.fingerprint}")
     model = make_model(settings, prepared, torch.device("cpu"))
     model.load_state_dict(load_file(last / "model.safetensors"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -138,9 +138,9 @@ def _train(opened: Run) -> int:
                     result[f"{name}/ce_as_in_training"] = measure(split, as_in_training=True)
             tensors = {f"{split}/{name}": value for split, values in sums.items() for name, value in values.items()}
             save_file(tensors, folder / "evaluation.safetensors")
-        except Diverged as diverged:
+        except (Diverged, FloatingPointError) as diverged:
             recorder.say(f"diverged: {diverged}")
-            result, progress.step = {"outcome": "diverged"}, diverged.step
+            result, progress.step = {"outcome": "diverged"}, getattr(diverged, "step", progress.step + 1)
         lines = [line for line in recorder.lines() if "tokens_per_second" in line]
         rates = [line["tokens_per_second"] for line in lines[1:] or lines]  # the first holds start-up and compiling
         on_gpu = device.type == "cuda"

@@ -38,6 +38,8 @@ def git_state() -> dict[str, str | None]:
     """The commit, and a digest of what differs from it; committed results aside, which no run reads."""
     commit = _git("rev-parse", "HEAD")
     difference = _git("diff", "HEAD", "--", ".", ":!results", ":!*.md")
+    for name in _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines():
+        difference += f"\nnew file {name}\n{(ROOT / name).read_text()}"
     dirty = hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
     return {"commit": commit or "unknown", "dirty": dirty, "diff": difference or None}
 

@@ -13,8 +13,10 @@ PACKAGES = ("routers", "models", "data")
 SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | None)]
 
 
-def target(node: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     """The class that node's _target_ names and node's other keys, typed by the class's own annotations.
+
+    skip: how many of its first parameters come from the caller.
 
     Raises ValueError for a class that does not exist and for keys or types that its constructor does not take.
     """
@@ -26,6 +28,9 @@ def target(node: dict[str, Any]) -> tuple[type, dict[str, Any]]:
         raise ValueError(f"_target_ {path} does not exist: {error}") from error
     if not inspect.isclass(found):
         raise ValueError(f"_target_ must name a class; {path} is none")
+    for key, parameter in list(inspect.signature(found).parameters.items())[skip:]:
+        if parameter.default is parameter.empty and key not in node:
+            raise ValueError(f"{path} needs the option {key}")
     hints = {k: v for k, v in typing.get_type_hints(found.__init__).items() if k != "return"}
     given = {key: value for key, value in node.items() if key != "_target_"}
     for key in given:
@@ -55,7 +60,8 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     noise = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
     lines = [line for line in lines if not line.startswith(noise)]

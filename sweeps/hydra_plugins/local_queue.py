@@ -45,7 +45,7 @@ class LocalQueue(Launcher):
         folders = [job.open_run(settings).folder for settings in checked]
         jobs = {}  # two overrides may compose to one run, which is then one job
         for folder, config in zip(folders, configs):
-            jobs[folder] = Job(folder, OmegaConf.to_yaml(config), status=0 if job.is_finished(folder) else None)
+            jobs[folder] = Job(folder, OmegaConf.to_yaml(config), status=outcome(folder))
         record(configs[0], list(jobs))
         slots = self.slots(configs[0].device)
         queue = Queue(list(jobs.values()), slots, "training.job:run", PRELOAD, self.grace_seconds)
@@ -78,6 +78,14 @@ class LocalSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         pass
+
+
+def outcome(folder: Path) -> int | None:
+    """The exit status of a run that has ended: a diverged one is not tried again, and never counts as finished."""
+    if not job.is_finished(folder):
+        return None
+    ended = json.loads((folder / "result.json").read_text())["outcome"]
+    return job.FINISHED if ended == "finished" else job.DIVERGED
 
 
 def check(config: DictConfig, overrides: Sequence[str]) -> Settings:
