@@ -151,7 +151,10 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _find_files(globs: str | Iterable[str] | None) -> list[Path]:
     found: set[str] = set()
-    for pattern in [globs] if isinstance(globs, str) else globs or []:
+    patterns = [] if globs is None else globs if isinstance(globs, list | tuple) else [globs]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"data.corpus files must be globs; got {pattern!r}")
         names = filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))
         matches = set(map(os.path.abspath, names))
         if not matches:
