@@ -160,7 +160,9 @@ def _find_files(globs: str | Iterable[str] | None) -> list[Path]:
         if not matches:
             raise ValueError(f"no file matches {pattern!r}")
         found |= matches
-    return sorted(map(Path, found))
+    return sorted(
+        map(Path, found), key=lambda path: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", str(path))]
+    )
 
 
 def _checked_shares(validation: float, test: float) -> tuple[float, float]:

@@ -147,3 +147,12 @@ def test_a_standard_library_without_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="holds no source text"):
         StandardLibrary(0.1, 0.1)
+
+
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 1):
+        (tmp_path / f"part.{number}.txt").write_text(f"number {number}")
+    held_out = tmp_path / "held"
+    held_out.write_text("held out")
+    corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text")
+    assert list(corpus.documents("train")) == ["number 1", "number 9", "number 10"]
