@@ -72,7 +72,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
         """Route. hidden (B, S, D) is the expert layer's normed input."""
-        raise NotImplementedError(f"{type(self).__name__} defines no forward")  # abstract
+        raise TypeError(f"{type(self).__name__} is a router without a forward")
 
     def plan(self, tokens: Tokens) -> Plan | None:
         """For routers that need tokens alone: the plan, made with the batch and off the step's critical path."""

@@ -66,7 +66,7 @@ def run(config: DictConfig) -> int:
         except Interrupted:
             print(f"stopped; the same command goes on with {opened.folder}")
             return INTERRUPTED
-        except Exception:
+        except Exception:  # whatever failed, its traceback is kept and the exit status says so
             trace = traceback.format_exc()
             (opened.folder / "error.txt").write_text(trace)
             print(f"failed: {trace.splitlines()[-1]} (traceback: {opened.folder / 'error.txt'})")
