@@ -18,14 +18,12 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     wanted: auto, grouped_mm or loop; dtype: what the experts compute in. Raises ValueError for grouped_mm where it
     would silently be a slow loop or does not exist.
     """
+    good = dtype == torch.float32
     if device.type == "cuda":
         good = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    else:
-        good = dtype == torch.float32
     if wanted == "grouped_mm" and not good:
-        raise ValueError(
-            f"model.dispatch=grouped_mm needs bf16 on a Hopper GPU or float32 on a CPU; got {dtype} on {device}"
-        )
+        rule = "needs bf16 on a Hopper GPU or float32 on a CPU"
+        raise ValueError(f"model.dispatch=grouped_mm {rule}; got {dtype} on {device}")
     return ("grouped_mm" if good else "loop") if wanted == "auto" else wanted
 
 

@@ -3,6 +3,8 @@
 E experts, A rows, D width, F hidden width
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,28 +29,23 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """One grouped product for all experts. x (A, D) in order of expert, offsets (E,) int32 group ends -> (A, D)."""
-        inner = grouped(x, self.w_in, offsets)
-        if self.w_gate is None:
-            inner = self.activation(inner)
-        else:
-            inner = self.activation(grouped(x, self.w_gate, offsets)) * inner
-        return grouped(inner, self.w_out, offsets)
+        return self.ffn(x, self.w_in, self.w_gate, self.w_out, partial(grouped, offsets=offsets))
 
     def loop(self, x: Tensor, offsets: Tensor) -> Tensor:
         """The same, one expert after the other: the oracle, for every dtype. Waits for the device."""
         gates = [None] * self.num_experts if self.w_gate is None else self.w_gate.unbind(0)
         weights = zip(self.w_in.unbind(0), gates, self.w_out.unbind(0))
         sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
-        return torch.cat([self.one(rows, *weight) for rows, weight in zip(x.split(sizes), weights)])
+        return torch.cat([self.ffn(rows, *weight) for rows, weight in zip(x.split(sizes), weights)])
 
     def dense(self, x: Tensor) -> Tensor:
         """Expert 0 on every row, as a plain FFN. x (..., D) -> (..., D)."""
-        return self.one(x, self.w_in[0], None if self.w_gate is None else self.w_gate[0], self.w_out[0])
+        return self.ffn(x, self.w_in[0], None if self.w_gate is None else self.w_gate[0], self.w_out[0])
 
-    def one(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor) -> Tensor:
-        inner = x @ w_in
-        inner = self.activation(inner) if w_gate is None else self.activation(x @ w_gate) * inner
-        return inner @ w_out
+    def ffn(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, product=torch.matmul) -> Tensor:
+        inner = product(x, w_in)
+        inner = self.activation(inner) if w_gate is None else self.activation(product(x, w_gate)) * inner
+        return product(inner, w_out)
 
 
 def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

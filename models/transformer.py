@@ -5,6 +5,7 @@ B batch, S sequence, D width, F hidden width, E experts, V vocabulary, L layers
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,7 @@ from models.experts import ACTIVATIONS, Experts
 from models.feedforward import FeedForward, SparseFeedForward
 from routers.routing import Plan, Router, Routing
 
-NORMS = {
-    "layernorm": lambda width: nn.LayerNorm(width, bias=False),
-    "rmsnorm": lambda width: nn.RMSNorm(width, eps=1e-6),
-}
+NORMS = {"layernorm": partial(nn.LayerNorm, bias=False), "rmsnorm": partial(nn.RMSNorm, eps=1e-6)}
 POSITIONS = ("learned", "rotary")
 
 
@@ -48,14 +46,13 @@ class ModelSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {getattr(self, name)}")
-        if self.d_model % self.num_heads or self.positions == "rotary" and self.d_model // self.num_heads % 2:
+        if self.d_model % (self.num_heads * (2 if self.positions == "rotary" else 1)):
             rule = "must be divisible by model.num_heads, to an even width of each head with rotary positions"
             raise ValueError(f"model.d_model {rule}; got {self.d_model} and {self.num_heads}")
         if self.d_model % 8 or self.d_ff % 8:
             raise ValueError(f"model.d_model and model.d_ff must be multiples of 8; got {self.d_model} and {self.d_ff}")
-        if not set(self.sparse_layers) <= set(range(self.num_layers)) or len(set(self.sparse_layers)) < len(
-            self.sparse_layers
-        ):
+        unused = set(range(self.num_layers)) - set(self.sparse_layers)
+        if len(unused) + len(self.sparse_layers) != self.num_layers:
             rule = f"must be different layers in 0..{self.num_layers - 1}"
             raise ValueError(f"model.sparse_layers {rule} (model.num_layers - 1); got {self.sparse_layers}")
 
@@ -74,9 +71,7 @@ class Block(nn.Module):
         self.ffn_norm = NORMS[settings.norm](settings.d_model)
         self.ffn = ffn
 
-    def forward(
-        self, x: Tensor, tokens: Tokens, plan: Plan | None, rotation: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, tokens: Tokens, plan: Plan | None, rotation: Tensor | None, mask: Tensor | None):
         x = x + self.attention(self.attention_norm(x), rotation, mask)
         y, routing = self.ffn(self.ffn_norm(x), tokens, plan)
         return x + y, routing
@@ -109,14 +104,13 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(sequence_length, settings.d_model)) if learned else None
         angles = None if learned else rotary_angles(sequence_length, settings.d_model // settings.num_heads)
         self.register_buffer("rotation", angles, persistent=False)
-        blocks = []
+        self.blocks = nn.ModuleList()
         for layer in range(settings.num_layers):
             if make_router is not None and layer in settings.sparse_layers:
                 ffn = SparseFeedForward(make_experts(num_experts), make_router(layer), path)
             else:
                 ffn = FeedForward(make_experts(1))
-            blocks.append(Block(settings, ffn))
-        self.blocks = nn.ModuleList(blocks)
+            self.blocks.append(Block(settings, ffn))
         self.norm = NORMS[settings.norm](settings.d_model)
         self.initialise(seed)
 
@@ -132,15 +126,10 @@ class Transformer(nn.Module):
                 part.normal_(0.0, deviation, generator=generator(seed, name, index))
 
     @property
-    def sparse(self) -> dict[int, SparseFeedForward]:
-        """Sparse layer -> its feed-forward."""
-        ffns = {layer: block.ffn for layer, block in enumerate(self.blocks)}
-        return {layer: ffn for layer, ffn in ffns.items() if isinstance(ffn, SparseFeedForward)}
-
-    @property
     def routers(self) -> dict[int, Router]:
         """Sparse layer -> its router."""
-        return {layer: ffn.router for layer, ffn in self.sparse.items()}
+        ffns = {layer: block.ffn for layer, block in enumerate(self.blocks)}
+        return {layer: ffn.router for layer, ffn in ffns.items() if isinstance(ffn, SparseFeedForward)}
 
     def plan(self, tokens: Tokens) -> dict[int, Plan]:
         """The plans of the routers that need tokens alone. Made with the batch, on the batch's device."""
@@ -164,12 +153,11 @@ class Transformer(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """active: parameters that touch one token's output; total: all of them."""
-        total = sum(p.numel() for p in self.parameters())
-        idle = 0
-        for ffn in self.sparse.values():
-            expert = sum(p.numel() for p in ffn.experts.parameters()) // self.num_experts
-            idle += expert * (self.num_experts - ffn.router.experts_per_token)
-        return {"active": total - idle, "total": total}
+        total = active = sum(p.numel() for p in self.parameters())
+        for layer, router in self.routers.items():
+            expert = sum(p.numel() for p in self.blocks[layer].ffn.experts.parameters()) // self.num_experts
+            active -= expert * (self.num_experts - router.experts_per_token)
+        return {"active": active, "total": total}
 
     def train_flops_per_token(self) -> int:
         """Matrix-product FLOPs of forward and backward, 3 times the forward's; attention over the whole window.

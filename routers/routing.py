@@ -3,6 +3,7 @@
 B batch, S sequence, T = B*S tokens, D width, E experts, A assignments, V vocabulary
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,15 +101,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def one_each(
-    expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict[str, Tensor] | None = None
-) -> Routing:
+def one_each(expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict = {}) -> Routing:  # noqa: B006
     """A routing of one expert a token. expert (B, S); weight (B, S), cast to at least float32."""
     expert, weight = expert.reshape(-1), at_least_float32(weight.reshape(-1))
-    token = torch.arange(len(expert), device=expert.device)
-    return Routing(
-        token, expert, weight, weight.new_zeros(()) if aux_loss is None else aux_loss, report or {}, fan_out=1
-    )
+    aux_loss = weight.new_zeros(()) if aux_loss is None else aux_loss
+    return Routing(torch.arange(len(expert), device=expert.device), expert, weight, aux_loss, report, fan_out=1)
 
 
 def load_of(routing: Routing, num_experts: int) -> Tensor:
@@ -124,12 +121,11 @@ def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, 
     """
     load = load_of(routing, num_experts).double()
     served = load.sum().clamp(min=1)
-    share = load / served
     assigned = real.reshape(-1).index_select(0, routing.token).sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-30).log()).sum() / max(torch.tensor(num_experts).log().item(), 1e-30)
+    entropy = torch.special.entr(load / served).sum()
     metrics = {
         "max_over_mean": load.max() * num_experts / served,
-        "entropy": entropy if num_experts > 1 else torch.ones_like(entropy),
+        "entropy": entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy),
         "dropped": 1 - load.sum() / assigned,
         "unused": (load == 0).sum(),
         "aux_loss": routing.aux_loss.detach(),

@@ -33,9 +33,7 @@ class Switch(Router):
         self.gate = nn.Parameter(torch.empty(site.num_experts, site.d_model))
         deviation = (0.1 / site.d_model) ** 0.5  # section 2.4: truncated at two deviations
         with torch.no_grad():
-            nn.init.trunc_normal_(
-                self.gate, std=deviation, a=-2 * deviation, b=2 * deviation, generator=site.generator("gate")
-            )
+            nn.init.trunc_normal_(self.gate, 0, deviation, -2 * deviation, 2 * deviation, site.generator("gate"))
         self.forward_flops = 2 * site.d_model * site.num_experts
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
@@ -43,8 +41,8 @@ class Switch(Router):
             probability = self.scores(hidden, tokens).softmax(-1)  # (B, S, E)
         weight, expert = probability.max(-1)  # the lowest expert id wins a tie
         group = self.site.routing_group * tokens.id.shape[1]
-        choice = one_hot(expert, self.site.num_experts).view(-1, group, self.site.num_experts)  # (G, N, E)
-        choice = choice * tokens.real.view(-1, group, 1)
+        choice = one_hot(expert, self.site.num_experts) * tokens.real[..., None]
+        choice = choice.view(-1, group, self.site.num_experts)  # (G, N, E)
         aux_loss = self.load_balance_coef * balance_loss(choice, probability.view(choice.shape))
         kept = tokens.real
         if self.capacity_factor is not None:
