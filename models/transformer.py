@@ -154,9 +154,10 @@ class Transformer(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """active: parameters that touch one token's output; total: all of them."""
         total = active = sum(p.numel() for p in self.parameters())
-        for layer, router in self.routers.items():
-            expert = sum(p.numel() for p in self.blocks[layer].ffn.experts.parameters()) // self.num_experts
-            active -= expert * (self.num_experts - router.experts_per_token)
+        for ffn in self.modules():
+            if isinstance(ffn, SparseFeedForward):
+                expert = sum(p.numel() for p in ffn.experts.parameters()) // self.num_experts
+                active -= expert * (self.num_experts - ffn.router.experts_per_token)
         return {"active": active, "total": total}
 
     def train_flops_per_token(self) -> int:
