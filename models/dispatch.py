@@ -1,10 +1,13 @@
 """Dispatch: sort rows by expert, run the experts, return to token order. The only file that moves rows.
 
-T tokens, A assignments, N assignments a token, E experts, D width
+T tokens, A assignments, E experts, G groups of rows, D width
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from models.experts import Experts
 from routers.routing import Plan, Routing, make_plan
@@ -30,15 +33,41 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
 def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: Experts, path: str) -> Tensor:
     """sum over assignments a of weight[a] * expert[a](x[token[a]]), for each token. x (T, D) -> (T, D).
 
-    A plan made with the batch is used; without one it is made here. No host sync on the grouped path.
+    Of segmented experts a token's assignments give the parts of one output instead, side by side. A plan made with the
+    batch is used; without one it is made here. No host sync on the grouped path.
     """
+    segments, fan_out = experts.segments, routing.fan_out
     if plan is None:
-        plan = make_plan(routing.expert, experts.num_experts)
+        plan = make_plan(routing.expert, experts.num_experts, segments)
     rows = routing.token.index_select(0, plan.order)
-    run = experts if path == "grouped_mm" else experts.loop
-    y = run(x.index_select(0, rows), plan.offsets)  # (A, D), in order of expert
+
+    def exchange(inner: Tensor) -> Tensor:
+        """Each row gets the segments of all its token's rows."""
+        whole = inner.index_select(0, plan.inverse).view(-1, segments * inner.shape[-1])
+        return whole.index_select(0, rows)
+
+    product = partial(grouped if path == "grouped_mm" else looped, offsets=plan.offsets)
+    y = experts(x.index_select(0, rows), product, exchange if segments > 1 else None)  # in order of expert
     y = (y * routing.weight.index_select(0, plan.order)[:, None]).to(y.dtype)
-    if routing.fan_out is None:
+    if fan_out is None:
         return torch.zeros_like(x, dtype=y.dtype).index_add(0, rows, y)
-    y = y.index_select(0, plan.inverse)  # a token's assignments next to each other
-    return y if routing.fan_out == 1 else y.view(-1, routing.fan_out, y.shape[-1]).sum(1)
+    y = y.index_select(0, plan.inverse).view(-1, fan_out, y.shape[-1])  # a token's assignments next to each other
+    return y.flatten(1) if fan_out == segments else y.sum(1)
+
+
+def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of group g times weight[g], in autocast's type where that is on. x (A, K), weight (G, K, N) -> (A, N).
+
+    offsets (G,) int32: where each group of rows ends.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return grouped_mm(x, weight, offs=offsets)
+
+
+def looped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The same, one group after the other: the oracle, for every dtype. Waits for the device."""
+    sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), weight)])

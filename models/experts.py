@@ -1,18 +1,40 @@
 """Experts: parameters and arithmetic, on rows that are already in order of their expert.
 
-E experts, A rows, D width, F hidden width
+E experts, A rows, D width, F hidden width, N segments
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
+Product = Callable[[Tensor, Tensor], Tensor]  # (A, K) rows, (groups, K, N) weights -> (A, N), each row by its group's
+Exchange = Callable[[Tensor], Tensor]  # (A, F/N) -> (A, F): to each row the segments of all its token's rows
 
 
-class Experts(nn.Module):
+class ExpertLayer(nn.Module):
+    """What dispatch may rely on: num_experts, segments, and forward on rows in order of their expert."""
+
+    num_experts: int
+    segments: int = 1
+    own_first_values: tuple[str, ...] = ()  # parameters that start as they are made here, not as the model draws them
+
+    def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
+        """x (A, D) in order of group -> (A, D / segments)."""
+        raise TypeError(f"{type(self).__name__} is a layer of experts without a forward")
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Expert 0 on every row, without dispatch. x (..., D) -> (..., D)."""
+        return self(x, lambda rows, weight: rows @ weight[0])
+
+    def flops(self) -> int:
+        """Of one expert's matrix products in a forward pass of one row."""
+        return 2 * sum(p.numel() for p in self.parameters() if p.dim() > 2) // self.num_experts
+
+
+class Experts(ExpertLayer):
     """E independent FFNs: act(x W_in) W_out, with W_gate for swiglu: (silu(x W_gate) * (x W_in)) W_out. No biases.
 
     Raises ValueError for an unknown activation.
@@ -27,31 +49,68 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.w_gate = nn.Parameter(torch.empty(num_experts, d_model, d_ff)) if activation == "swiglu" else None
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """One grouped product for all experts. x (A, D) in order of expert, offsets (E,) int32 group ends -> (A, D)."""
-        return self.ffn(x, self.w_in, self.w_gate, self.w_out, partial(grouped, offsets=offsets))
+    def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
+        return product(self.inner(x, self.w_in, self.w_gate, product), self.w_out)
 
-    def loop(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The same, one expert after the other: the oracle, for every dtype. Waits for the device."""
-        gates = [None] * self.num_experts if self.w_gate is None else self.w_gate.unbind(0)
-        weights = zip(self.w_in.unbind(0), gates, self.w_out.unbind(0))
-        sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
-        return torch.cat([self.ffn(rows, *weight) for rows, weight in zip(x.split(sizes), weights)])
-
-    def dense(self, x: Tensor) -> Tensor:
-        """Expert 0 on every row, as a plain FFN. x (..., D) -> (..., D)."""
-        return self.ffn(x, self.w_in[0], None if self.w_gate is None else self.w_gate[0], self.w_out[0])
-
-    def ffn(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, product=torch.matmul) -> Tensor:
+    def inner(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, product: Product) -> Tensor:
+        """The hidden values, (A, F)."""
         inner = product(x, w_in)
-        inner = self.activation(inner) if w_gate is None else self.activation(product(x, w_gate)) * inner
-        return product(inner, w_out)
+        return self.activation(inner) if w_gate is None else self.activation(product(x, w_gate)) * inner
 
 
-def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of group e times weight[e], in autocast's type where that is on. x (A, K), weight (E, K, N) -> (A, N)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return F.grouped_mm(x, weight, offs=offsets)
+class SegmentedExperts(Experts):
+    """Multi-hash experts (Hash Layers, section 3.2): both matrices cut into N segments, each from an expert of its own.
+
+    v = act([x A_1^{k_1}, ..., x A_N^{k_N}]), y = [v B_1^{k_1}, ..., v B_N^{k_N}]; A (D, F/N), B (F, D/N). Parameters
+    and FLOPs are those of E experts and of one FFN. Raises ValueError if N does not divide D and F into multiples of 8.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str, segments: int):
+        super().__init__(num_experts, d_model, d_ff, activation)
+        if segments < 1 or d_model % (8 * segments) or d_ff % (8 * segments):
+            rule = "must be at least 1 and divide model.d_model and model.d_ff into multiples of 8"
+            raise ValueError(f"experts.segments {rule}; got {segments}, {d_model} and {d_ff}")
+        self.segments = segments
+        for name, parameter in list(self.named_parameters()):
+            rows, columns = parameter.shape[1:]
+            setattr(self, name, nn.Parameter(torch.empty(num_experts, segments, rows, columns // segments)))
+
+    def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
+        w_in, w_out = self.w_in.flatten(0, 1), self.w_out.flatten(0, 1)
+        inner = self.inner(x, w_in, None if self.w_gate is None else self.w_gate.flatten(0, 1), product)
+        return product(inner if exchange is None else exchange(inner), w_out)
+
+
+class StackedExperts(ExpertLayer):
+    """BASE's experts: L residual sub-layers x + ffn(norm(x)), W_out from zero (Lewis et al., arXiv 2103.16716).
+
+    Returns what the stack adds to its input. norm is LayerNorm without bias, its gain each expert's own. Raises
+    ValueError without a sub-layer.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str, sublayers: int):
+        super().__init__()
+        if sublayers < 1:
+            raise ValueError(f"experts.sublayers must be at least 1; got {sublayers}")
+        self.num_experts = num_experts
+        self.sublayers = nn.ModuleList(Sublayer(num_experts, d_model, d_ff, activation) for _ in range(sublayers))
+
+    def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
+        y = x
+        for sublayer in self.sublayers:
+            y = y + sublayer(y, product)
+        return y - x
+
+
+class Sublayer(Experts):
+    own_first_values = ("w_out", "gain")
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str):
+        super().__init__(num_experts, d_model, d_ff, activation)
+        self.gain = nn.Parameter(torch.ones(num_experts, d_model))
+        nn.init.zeros_(self.w_out)
+
+    def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
+        gain = self.gain[:, :, None]  # onto the matrices that read the normed rows: rows know no expert here
+        w_gate = None if self.w_gate is None else gain * self.w_gate
+        return product(self.inner(F.layer_norm(x, x.shape[-1:]), gain * self.w_in, w_gate, product), self.w_out)

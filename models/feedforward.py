@@ -4,14 +4,14 @@ from torch import Tensor, nn
 
 from data.batches import Tokens
 from models.dispatch import dispatch
-from models.experts import Experts
+from models.experts import ExpertLayer, Experts
 from routers.routing import Plan, Router, Routing
 
 
 class FeedForward(nn.Module):
     """A plain FFN: one expert, without dispatch."""
 
-    def __init__(self, experts: Experts):
+    def __init__(self, experts: ExpertLayer):
         super().__init__()
         self.experts = experts
 
@@ -20,13 +20,20 @@ class FeedForward(nn.Module):
 
 
 class SparseFeedForward(nn.Module):
-    """A router in front of experts. path: see models.dispatch."""
+    """A router in front of experts, beside a shared FFN that sees every token, if there is one.
 
-    def __init__(self, experts: Experts, router: Router, path: str):
+    path: see models.dispatch. Raises ValueError if the router wants its experts cut otherwise than they are.
+    """
+
+    def __init__(self, experts: ExpertLayer, router: Router, shared: Experts | None, path: str):
         super().__init__()
-        self.experts, self.router, self.path = experts, router, path
+        if experts.segments != router.segments:
+            rule = "must be as many as the router's hashes (experts=segmented)"
+            raise ValueError(f"experts.segments {rule}: {router.segments}; got {experts.segments}")
+        self.experts, self.router, self.shared, self.path = experts, router, shared, path
 
     def forward(self, x: Tensor, tokens: Tokens, plan: Plan | None) -> tuple[Tensor, Routing]:
         """x (B, S, D) -> (B, S, D) and the routing that made it."""
         routing = self.router(x, tokens)
-        return dispatch(x.reshape(-1, x.shape[-1]), routing, plan, self.experts, self.path).view(x.shape), routing
+        y = dispatch(x.reshape(-1, x.shape[-1]), routing, plan, self.experts, self.path).view(x.shape)
+        return y if self.shared is None else y + self.shared.dense(x), routing

@@ -4,7 +4,7 @@ B batch, S sequence, D width, F hidden width, E experts, V vocabulary, L layers
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ from data.batches import Tokens
 from data.randomness import generator
 from models.attention import Attention, rotary_angles
 from models.dispatch import PATHS
-from models.experts import ACTIVATIONS, Experts
+from models.experts import ACTIVATIONS, ExpertLayer, Experts
 from models.feedforward import FeedForward, SparseFeedForward
 from routers.routing import Plan, Router, Routing
 
 NORMS = {"layernorm": partial(nn.LayerNorm, bias=False), "rmsnorm": partial(nn.RMSNorm, eps=1e-6)}
 POSITIONS = ("learned", "rotary")
+PLACEMENTS = ("replace", "insert")
 
 
 @dataclass
@@ -36,13 +37,28 @@ class ModelSettings:
     positions: str
     activation: str
     sparse_layers: list[int]
+    placement: str  # replace the FFN of the sparse layers, or insert a layer of experts alone after them
     dispatch: str
+    depth_factor: int = 1  # times num_layers; what the factors give is in scaled()
+    width_factor: float = 1.0  # times d_model and num_heads
+    ff_factor: float = 1.0  # times d_ff
+
+    def scaled(self) -> "ModelSettings":
+        """The sizes with their factors applied. Raises ValueError if one is no longer whole."""
+        factors = {"num_layers": self.depth_factor, "d_model": self.width_factor, "d_ff": self.ff_factor}
+        sizes = {name: getattr(self, name) * by for name, by in (factors | {"num_heads": self.width_factor}).items()}
+        for name, size in sizes.items():
+            if size != int(size):
+                raise ValueError(f"model.{name} times its factor must be whole; got {size}")
+        ones = {"depth_factor": 1, "width_factor": 1.0, "ff_factor": 1.0}
+        return replace(self, **{name: int(size) for name, size in sizes.items()}, **ones)
 
     def check(self) -> None:
         for name in ("num_layers", "d_model", "d_ff", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1; got {getattr(self, name)}")
         choices = {"norm": NORMS, "positions": POSITIONS, "activation": ACTIVATIONS, "dispatch": PATHS}
+        choices["placement"] = PLACEMENTS
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {getattr(self, name)}")
@@ -77,14 +93,29 @@ class Block(nn.Module):
         return x + y, routing
 
 
-class Transformer(nn.Module):
-    """make_router gives the router of a layer, None for plain FFNs everywhere; make_experts(E) gives E experts.
+class Inserted(nn.Module):
+    """A layer of experts on the raw residual stream, without attention."""
 
+    def __init__(self, ffn: FeedForward | SparseFeedForward):
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, tokens: Tokens, plan: Plan | None) -> tuple[Tensor, Routing | None]:
+        y, routing = self.ffn(x, tokens, plan)
+        return x + y, routing
+
+
+class Transformer(nn.Module):
+    """make_router gives the router of a layer, None for plain FFNs everywhere; make_experts(E, F) gives E experts.
+
+    Experts are narrower by as many as a token sees, shared ones included, so that FLOPs are those of one FFN.
     seed: every first value depends on (seed, the parameter's name) alone, one expert after the other, so trunks are
-    equal across routers and a plain FFN equals expert 0. path: see models.dispatch.
+    equal across routers and a plain FFN equals expert 0. path: see models.dispatch. baseline: a trained model, no part
+    of this one, whose prediction of the next token routers may read. Raises ValueError for sizes that do not fit.
     """
 
     rotation: Tensor | None
+    blocks: nn.ModuleList
 
     def __init__(
         self,
@@ -93,25 +124,44 @@ class Transformer(nn.Module):
         sequence_length: int,
         num_experts: int,
         make_router: Callable[[int], Router] | None,
-        make_experts: Callable[[int], Experts],
+        make_experts: Callable[[int, int], ExpertLayer],
         seed: int,
         path: str,
+        num_shared: int = 0,
+        baseline: "Transformer | None" = None,
     ):
         super().__init__()
         self.settings, self.num_experts, self.sequence_length, self.path = settings, num_experts, sequence_length, path
+        self.unregistered = (baseline,)  # in a tuple: none of its parameters are this model's
         self.embedding = nn.Parameter(torch.empty(vocab_size, settings.d_model))
         learned = settings.positions == "learned"
         self.positions = nn.Parameter(torch.empty(sequence_length, settings.d_model)) if learned else None
         angles = None if learned else rotary_angles(sequence_length, settings.d_model // settings.num_heads)
         self.register_buffer("rotation", angles, persistent=False)
-        self.blocks = nn.ModuleList()
-        for layer in range(settings.num_layers):
-            if make_router is not None and layer in settings.sparse_layers:
-                ffn = SparseFeedForward(make_experts(num_experts), make_router(layer), path)
-            else:
-                ffn = FeedForward(make_experts(1))
-            self.blocks.append(Block(settings, ffn))
-        self.norm = NORMS[settings.norm](settings.d_model)
+        inserted, width, activation = settings.placement == "insert", settings.d_model, settings.activation
+
+        def plain(width_ff: int) -> Experts:
+            return Experts(1, width, width_ff, activation)
+
+        def routed(layer: int) -> FeedForward | SparseFeedForward:
+            if make_router is None:
+                return FeedForward(make_experts(1, settings.d_ff) if inserted else plain(settings.d_ff))
+            router = make_router(layer)
+            seen = router.experts_per_token // router.segments + num_shared
+            if settings.d_ff % (8 * seen):
+                rule = f"must split into {seen} experts of a width that is a multiple of 8"
+                raise ValueError(f"model.d_ff {rule}; got {settings.d_ff}")
+            each = settings.d_ff // seen
+            shared = plain(num_shared * each) if num_shared else None
+            return SparseFeedForward(make_experts(num_experts, each), router, shared, path)
+
+        sparse = {layer: routed(layer) for layer in settings.sparse_layers}
+        instead = {} if inserted else sparse
+        ffns = [instead.get(layer) or FeedForward(plain(settings.d_ff)) for layer in range(settings.num_layers)]
+        self.blocks = nn.ModuleList(Block(settings, ffn) for ffn in ffns)
+        self.inserted = nn.ModuleDict({str(k): Inserted(ffn) for k, ffn in sparse.items()} if inserted else {})
+        self.norm = NORMS[settings.norm](width)
+        self.sparse = {layer: ffn for layer, ffn in sparse.items() if isinstance(ffn, SparseFeedForward)}
         self.initialise(seed)
 
     @torch.no_grad()
@@ -119,22 +169,34 @@ class Transformer(nn.Module):
         """Normal(0, 0.02), what feeds the residual stream over sqrt(2 L) (GPT-2); norms 1; routers draw their own."""
         residual = 0.02 / (2 * self.settings.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if ".router." in name or parameter.dim() == 1:
+            module, own = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if ".router." in name or parameter.dim() == 1 or own in getattr(module, "own_first_values", ()):
                 continue
             deviation = residual if name.endswith(("attention.out", "w_out")) else 0.02
-            for index, part in enumerate(parameter if parameter.dim() == 3 else [parameter]):
-                part.normal_(0.0, deviation, generator=generator(seed, name, index))
+            for index, part in enumerate(parameter if parameter.dim() > 2 else [parameter]):
+                segments = part.unsqueeze(0) if part.dim() == 2 else part  # of an expert: cuts of its whole matrix
+                whole = torch.empty(part.shape[-2], segments.shape[0] * part.shape[-1])
+                whole.normal_(0.0, deviation, generator=generator(seed, name, index))
+                segments.copy_(whole.unflatten(1, (segments.shape[0], -1)).transpose(0, 1))
 
     @property
     def routers(self) -> dict[int, Router]:
         """Sparse layer -> its router."""
-        ffns = {layer: block.ffn for layer, block in enumerate(self.blocks)}
-        return {layer: ffn.router for layer, ffn in ffns.items() if isinstance(ffn, SparseFeedForward)}
+        return {layer: ffn.router for layer, ffn in self.sparse.items()}
 
-    def plan(self, tokens: Tokens) -> dict[int, Plan]:
-        """The plans of the routers that need tokens alone. Made with the batch, on the batch's device."""
+    @torch.no_grad()
+    def prepare(self, tokens: Tokens, document: Tensor | None = None) -> tuple[Tokens, dict[int, Plan]]:
+        """What tokens alone decide, made with the batch on its device: the baseline's prediction, and plans.
+
+        document: as in forward.
+        """
+        if any(router.uses_prediction for router in self.routers.values()):
+            baseline = self.unregistered[0]
+            assert baseline is not None, "a router reads predictions, but there is no baseline"
+            predicted = baseline.to(tokens.id.device)(tokens, document=document).logits.argmax(-1)
+            tokens = tokens._replace(predicted=predicted)
         plans = {layer: router.plan(tokens) for layer, router in self.routers.items()}
-        return {layer: plan for layer, plan in plans.items() if plan is not None}
+        return tokens, {layer: plan for layer, plan in plans.items() if plan is not None}
 
     def forward(self, tokens: Tokens, plans: dict[int, Plan] | None = None, document: Tensor | None = None) -> Output:
         """document (B, S): attention stays within equal numbers; None lets it see the whole window."""
@@ -146,33 +208,39 @@ class Transformer(nn.Module):
         routings: dict[int, Routing] = {}
         for layer, block in enumerate(self.blocks):
             x, routing = block(x, tokens, plans.get(layer), self.rotation, mask)
+            if str(layer) in self.inserted:
+                x, routing = self.inserted[str(layer)](x, tokens, plans.get(layer))
             if routing is not None:
                 routings[layer] = routing
         aux_loss = sum((r.aux_loss for r in routings.values()), torch.zeros((), device=x.device))
         return Output(self.norm(x) @ self.embedding.T, routings, aux_loss)
 
     def parameter_counts(self) -> dict[str, int]:
-        """active: parameters that touch one token's output; total: all of them."""
+        """active: parameters that touch one token's output; total: all of them, tables and baselines left out."""
         total = active = sum(p.numel() for p in self.parameters())
-        for ffn in self.modules():
-            if isinstance(ffn, SparseFeedForward):
-                expert = sum(p.numel() for p in ffn.experts.parameters()) // self.num_experts
-                active -= expert * (self.num_experts - ffn.router.experts_per_token)
+        for ffn in self.sparse.values():
+            expert = sum(p.numel() for p in ffn.experts.parameters()) // self.num_experts
+            active -= expert * (self.num_experts - ffn.router.experts_per_token // ffn.router.segments)
         return {"active": active, "total": total}
 
     def train_flops_per_token(self) -> int:
         """Matrix-product FLOPs of forward and backward, 3 times the forward's; attention over the whole window.
 
-        The router's products count; norms, activations and the softmax do not.
+        The routers' products count, and a baseline's forward pass where a router reads its prediction; norms,
+        activations and the softmax do not.
         """
-        s = self.settings
-        matrices = 3 if s.activation == "swiglu" else 2
-        attention = 2 * 4 * s.d_model**2 + 2 * 2 * self.sequence_length * s.d_model
-        per_ffn = 2 * matrices * s.d_model * s.d_ff
-        forward = s.num_layers * (attention + per_ffn) + 2 * s.d_model * len(self.embedding)
-        for router in self.routers.values():
-            forward += per_ffn * (router.experts_per_token - 1) + router.forward_flops
-        return 3 * forward
+        width, heads_and_scores = self.settings.d_model, 2 * 4 * self.settings.d_model + 2 * 2 * self.sequence_length
+        forward = len(self.blocks) * heads_and_scores * width + 2 * width * len(self.embedding)
+        for ffn in self.modules():
+            if isinstance(ffn, FeedForward):
+                forward += ffn.experts.flops()
+            if isinstance(ffn, SparseFeedForward):
+                router = ffn.router
+                forward += ffn.experts.flops() * router.experts_per_token // router.segments + router.forward_flops
+                forward += ffn.shared.flops() if ffn.shared is not None else 0
+        frozen = any(router.uses_prediction for router in self.routers.values())
+        baseline = self.unregistered[0] if frozen else None
+        return 3 * forward + (baseline.train_flops_per_token() // 3 if baseline is not None else 0)
 
 
 def document_mask(document: Tensor) -> Tensor:

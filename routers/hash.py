@@ -1,40 +1,107 @@
-"""Hash layer: expert = table[feature(tokens)] (Hash Layers For Large Sparse Models, section 3)."""
+"""Hash layer: expert = table[feature(tokens)] (Hash Layers For Large Sparse Models, section 3).
+
+B batch, S sequence, K keys, N hashes or experts a token
+"""
 
 import torch
 from torch import Tensor
 
 from data.batches import Tokens
+from data.randomness import generator
+from routers import cluster_tables, tables
 from routers.features import FEATURES
-from routers.routing import Plan, Router, Routing, Site, make_plan, one_each
-from routers.tables import TABLES
+from routers.routing import Plan, Router, Routing, Site, count, make_plan, some_each
+
+TABLES = {
+    "random": tables.random_table,
+    "modulo": tables.modulo_table,
+    "balanced": tables.balanced_table,
+    "clustered": cluster_tables.clustered_table,
+    "clustered_balanced": cluster_tables.clustered_balanced_table,
+    "dispersed": cluster_tables.dispersed_table,
+    "dispersed_unbalanced": cluster_tables.dispersed_unbalanced_table,
+    "distilled": tables.distilled_table,
+    "file": tables.file_table,
+}
+OF_EMBEDDINGS = [name for name, draw in TABLES.items() if draw.__module__ == cluster_tables.__name__]
 
 
-class Hash(Router):
-    """A fixed table from a feature of the text to experts: no gate value, no parameters, no loss.
+class Lookup(Router):
+    """A fixed table (K, N) from a feature of the text to experts, a buffer; the plan is made with the batch.
 
-    feature: a name in routers.features; table: a name in routers.tables. Raises ValueError for other names.
+    feature: a name in FEATURES; table: in TABLES. per_layer: each sparse layer draws its own, else all have one.
+    buckets: number of keys of the features that need it. baseline: of clustered, dispersed, distilled and predicted, a
+    run folder, which arrives as site.baseline. file: of table=file. Raises ValueError for what is unknown or missing.
     """
 
     table: Tensor
 
-    def __init__(self, site: Site, feature: str, table: str):
+    def __init__(self, site: Site, feature: str, table: str, per_layer: bool, buckets: int, file: str | None):
         super().__init__(site)
-        if feature not in FEATURES:
-            raise ValueError(f"router.feature must be one of {', '.join(FEATURES)}; got {feature}")
-        if table not in TABLES:
-            raise ValueError(f"router.table must be one of {', '.join(TABLES)}; got {table}")
-        self.feature = FEATURES[feature]
-        counts = self.feature.counts(site.token_counts)
-        self.register_buffer("table", TABLES[table](counts, site.num_experts, site.generator("table")))
+        for name, value, known in (("feature", feature, FEATURES), ("table", table, TABLES)):
+            if value not in known:
+                raise ValueError(f"router.{name} must be one of {', '.join(known)}; got {value}")
+        if buckets < 1:
+            raise ValueError(f"router.buckets must be at least 1; got {buckets}")
+        if site.num_experts > site.vocab_size:
+            raise ValueError(f"num_experts must be at most the vocabulary's {site.vocab_size}; got {site.num_experts}")
+        self.feature = FEATURES[feature](site, buckets)
+        self.leaks, self.uses_prediction = self.feature.leaks, self.feature.uses_prediction
+        for need, wanted in (
+            (f"router.table={table}", table in (*OF_EMBEDDINGS, "distilled")),
+            (f"router.feature={feature}", self.uses_prediction),
+        ):
+            if wanted and site.baseline is None:
+                how = "a learned router" if table == "distilled" else "router=dense"
+                command = f"python run.py {how} record.keep_weights=true at the same scale and data makes one"
+                raise ValueError(f"{need} needs router.baseline=<run folder>; {command}")
+        if table in (*OF_EMBEDDINGS, "distilled") and not self.feature.is_token:
+            raise ValueError(f"router.table={table} needs a feature whose keys are tokens; got {feature}")
+        self.name, self.per_layer, self.file = table, per_layer, file
+
+    def draw(self, column: int, k: int) -> Tensor:
+        """(K, k) one draw of the table; zeros while options are only checked."""
+        if self.site.training_text is None and self.name != "file":
+            return torch.zeros(self.feature.size, k, dtype=torch.int64)
+        place = self.site.layer if self.per_layer else "every layer"
+        draws = generator(self.site.seed, "router", place, "table", column)
+        table = TABLES[self.name](tables.Keys(self.feature.counts(), self.site, draws, k, self.file))
+        tables.check_table(table, self.site.num_experts)
+        return table
+
+    def hold(self, table: Tensor) -> None:
+        """Make it the buffer, checked again whenever it is loaded."""
+        self.register_buffer("table", table)
+        self.register_load_state_dict_post_hook(lambda module, _: tables.check_table(self.table, self.site.num_experts))
 
     def experts(self, tokens: Tokens) -> Tensor:
-        """(B, S) the expert of each token."""
-        keys = self.feature.keys(tokens)
-        return self.table.index_select(0, keys.reshape(-1)).view(keys.shape)
-
-    def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
-        return one_each(self.experts(tokens), tokens.real)
+        """(B, S, N) the experts of each token."""
+        keys = self.feature(tokens)
+        return self.table.index_select(0, keys.reshape(-1)).view(*keys.shape, -1)
 
     @torch.no_grad()
     def plan(self, tokens: Tokens) -> Plan:
-        return make_plan(self.experts(tokens).reshape(-1), self.site.num_experts)
+        return make_plan(self.experts(tokens).reshape(-1), self.site.num_experts, self.segments)
+
+
+class Hash(Lookup):
+    """No gate value, no parameters, no loss: weight 1. With num_hashes N > 1, multi-hash (section 3.2): N independent
+    draws, the n-th for the n-th segment of experts=segmented; the report then holds each segment's load.
+    """
+
+    def __init__(
+        self, site: Site, feature: str, table: str, num_hashes: int, per_layer: bool, buckets: int, file: str | None
+    ):
+        super().__init__(site, feature, table, per_layer, buckets, file)
+        if num_hashes < 1:
+            raise ValueError(f"router.num_hashes must be at least 1; got {num_hashes}")
+        self.experts_per_token = self.segments = num_hashes
+        self.hold(torch.cat([self.draw(column, 1) for column in range(num_hashes)], 1))
+
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
+        expert, real = self.experts(tokens), tokens.real[..., None].expand(-1, -1, self.segments)
+        report = {}
+        for n in range(self.segments if self.segments > 1 else 0):
+            load = count(expert[..., n].reshape(-1), self.site.num_experts, tokens.real.reshape(-1).long())
+            report[f"segment_{n}/max_over_mean"] = load.max() * self.site.num_experts / load.sum().clamp(min=1)
+        return some_each(expert, real, report=report)

@@ -4,6 +4,7 @@ B batch, S sequence, T = B*S tokens, D width, E experts, A assignments, V vocabu
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,11 +30,14 @@ class Routing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What dispatch needs to move rows: assignments in order of their expert, and where each expert's group ends."""
+    """What dispatch needs to move rows: assignments in order of their group, and where each group ends.
 
-    order: Tensor  # (A,) int64, assignments sorted by expert, stable
+    A group is an expert; of experts cut into N segments it is a segment, expert * N + place among its token's N.
+    """
+
+    order: Tensor  # (A,) int64, assignments sorted by group, stable
     inverse: Tensor  # (A,) int64, order[inverse] = arange(A)
-    offsets: Tensor  # (E,) int32, end of each expert's group in order
+    offsets: Tensor  # (E * N,) int32, end of each group in order
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,28 @@ class Site:
     end: int
     routing_group: int  # sequences over which capacity, balancing losses and assignments are taken
     seed: int
+    sequence_length: int
+    sparse_layers: tuple[int, ...]  # in rising order; layer is one of them
+    training_text: Callable[[], Iterable[Tokens]] | None = field(default=None, repr=False)  # None: options are checked
+    baseline: nn.Module | None = field(default=None, repr=False)  # the trained model that router.baseline names
 
-    def generator(self, name: str) -> torch.Generator:
-        """A generator seeded by (seed, layer, name) alone."""
-        return generator(self.seed, "router", self.layer, name)
+    def generator(self, *names: object) -> torch.Generator:
+        """A generator seeded by (seed, layer, names) alone."""
+        return generator(self.seed, "router", self.layer, *names)
 
 
 class Router(nn.Module):
     """Decides which expert sees which token. Two optional methods do nothing unless a method needs them.
 
-    Class attributes that a method may set: experts_per_token, the active experts of a token; forward_flops, the
-    router's matrix-product FLOPs per token in a forward pass; trains_differently, if a routing in training mode
-    is not the one of evaluation, so that both are evaluated.
+    What a method may declare about itself stands below.
     """
 
-    experts_per_token: int = 1
-    forward_flops: int = 0
-    trains_differently: bool = False
+    experts_per_token: int = 1  # assignments of a token; the experts' width is divided by it
+    segments: int = 1  # into how many segments it wants each expert cut (experts=segmented)
+    forward_flops: int = 0  # the router's matrix-product FLOPs per token in a forward pass
+    trains_differently: bool = False  # routes otherwise in training than in evaluation: both are evaluated
+    uses_prediction: bool = False  # reads tokens.predicted, the baseline's argmax of the next token
+    leaks: frozenset[str] = frozenset()  # what routing sees beyond a token's past, from LEAKS
 
     def __init__(self, site: Site):
         super().__init__()
@@ -83,11 +92,16 @@ class Router(nn.Module):
         """Once per optimizer step: load (E,) summed over the step's micro-batches, progress in [0, 1]."""
 
 
-def make_plan(expert: Tensor, num_experts: int) -> Plan:
-    """Sort assignments (A,) by expert, ties in order of assignment. No host sync."""
-    order = torch.argsort(expert, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return Plan(order, inverse, count(expert, num_experts).cumsum(0).to(torch.int32))
+LEAKS = frozenset(f"{what} in {mode}" for what in ("future", "mates") for mode in ("training", "evaluation"))
+
+
+def make_plan(expert: Tensor, num_experts: int, segments: int = 1) -> Plan:
+    """Sort assignments (A,) by group (see Plan), ties in order of assignment. No host sync."""
+    places = torch.arange(len(expert), device=expert.device)
+    group = expert if segments == 1 else expert * segments + places % segments
+    order = torch.argsort(group, stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, places)
+    return Plan(order, inverse, count(group, num_experts * segments).cumsum(0).to(torch.int32))
 
 
 def count(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
@@ -103,9 +117,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def one_each(expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict = {}) -> Routing:  # noqa: B006
     """A routing of one expert a token. expert (B, S); weight (B, S), cast to at least float32."""
+    return some_each(expert[..., None], weight[..., None], aux_loss, report)
+
+
+def some_each(expert: Tensor, weight: Tensor, aux_loss: Tensor | None = None, report: dict = {}) -> Routing:  # noqa: B006
+    """A routing of N experts a token. expert (B, S, N); weight (B, S, N), cast to at least float32."""
+    fan_out = expert.shape[-1]
     expert, weight = expert.reshape(-1), at_least_float32(weight.reshape(-1))
     aux_loss = weight.new_zeros(()) if aux_loss is None else aux_loss
-    return Routing(torch.arange(len(expert), device=expert.device), expert, weight, aux_loss, report, fan_out=1)
+    places = torch.arange(len(expert), device=expert.device)
+    return Routing(places // fan_out, expert, weight, aux_loss, report, fan_out)
 
 
 def load_of(routing: Routing, num_experts: int) -> Tensor:

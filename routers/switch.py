@@ -1,79 +1,85 @@
 """Switch: learned top-1 routing with capacity and a load-balancing loss (Fedus et al., arXiv 2101.03961, section 2).
 
-G routing groups, N tokens a group, E experts
+B batch, S sequence, E experts
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from data.batches import Tokens
-from data.randomness import uniform
-from routers.routing import Router, Routing, Site, at_least_float32, one_each
+from routers.gates import balance_loss, choices, gate_parameter, gate_scores, jittered, within_capacity, z_loss
+from routers.routing import LEAKS, Router, Routing, Site, one_each
 
 
 class Switch(Router):
     """expert = argmax p, weight = its p, p = softmax(W h) in float32; over capacity the weight is 0.
 
-    capacity_factor: an expert takes ceil(capacity_factor * N / E) of a group's N real tokens, in order of position;
-    None for no limit. load_balance_coef: of E * sum_i f_i P_i, which is 1 at uniform. jitter: eps of the factor
-    U(1 - eps, 1 + eps) on the router's input, in training only. Raises ValueError for values out of range.
+    gate: hidden, or token for p = softmax(G[x_t]), an embedding of the token. weight: probability, or straight_through
+    for p / stop_gradient(p), 1 with p's gradient. capacity_factor: in training an expert takes ceil(capacity_factor *
+    N / E) of a group's N real tokens, in order of position; None for no limit; eval_capacity_factor: in evaluation.
+    load_balance_coef: of E * sum_i f_i P_i, which is 1 at uniform. z_loss_coef: of logsumexp squared. jitter: eps of
+    the factor U(1 - eps, 1 + eps) on the router's input, in training only. Raises ValueError for values out of range.
     """
 
-    def __init__(self, site: Site, capacity_factor: float | None, load_balance_coef: float, jitter: float):
+    def __init__(
+        self,
+        site: Site,
+        gate: str,
+        weight: str,
+        capacity_factor: float | None,
+        eval_capacity_factor: float | None,
+        load_balance_coef: float,
+        z_loss_coef: float,
+        jitter: float,
+    ):
         super().__init__(site)
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"router.capacity_factor must be above 0, or null for no limit; got {capacity_factor}")
-        if load_balance_coef < 0:
-            raise ValueError(f"router.load_balance_coef must not be negative; got {load_balance_coef}")
+        for name, value, known in (
+            ("gate", gate, ("hidden", "token")),
+            ("weight", weight, ("probability", "straight_through")),
+        ):
+            if value not in known:
+                raise ValueError(f"router.{name} must be one of {', '.join(known)}; got {value}")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and factor <= 0:
+                raise ValueError(f"router.{name} must be above 0, or null for no limit; got {factor}")
+        for name, coef in (("load_balance_coef", load_balance_coef), ("z_loss_coef", z_loss_coef)):
+            if coef < 0:
+                raise ValueError(f"router.{name} must not be negative; got {coef}")
         if not 0 <= jitter < 1:
             raise ValueError(f"router.jitter must be in [0, 1); got {jitter}")
-        self.capacity_factor, self.load_balance_coef, self.jitter = capacity_factor, load_balance_coef, jitter
-        self.trains_differently = jitter > 0
-        self.gate = nn.Parameter(torch.empty(site.num_experts, site.d_model))
-        deviation = (0.1 / site.d_model) ** 0.5  # section 2.4: truncated at two deviations
-        with torch.no_grad():
-            nn.init.trunc_normal_(self.gate, 0, deviation, -2 * deviation, 2 * deviation, site.generator("gate"))
-        self.forward_flops = 2 * site.d_model * site.num_experts
+        self.capacity_factors = {True: capacity_factor, False: eval_capacity_factor}  # by self.training
+        self.load_balance_coef, self.z_loss_coef, self.jitter = load_balance_coef, z_loss_coef, jitter
+        self.straight_through, self.by_token = weight == "straight_through", gate == "token"
+        self.trains_differently = jitter > 0 or capacity_factor != eval_capacity_factor
+        limited = {"training": capacity_factor, "evaluation": eval_capacity_factor}
+        self.leaks = frozenset(leak for leak in LEAKS if limited[leak.split()[-1]] is not None)
+        if self.by_token:
+            self.gate = nn.Parameter(torch.empty(site.vocab_size, site.num_experts))
+            with torch.no_grad():
+                self.gate.normal_(0.0, 0.1**0.5, generator=site.generator("gate"))  # scores as a hidden gate's at first
+        else:
+            self.gate = gate_parameter(site)
+            self.forward_flops = 2 * site.d_model * site.num_experts
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
-        with torch.autocast(hidden.device.type, enabled=False):
-            probability = self.scores(hidden, tokens).softmax(-1)  # (B, S, E)
+        scores = self.scores(hidden, tokens)  # (B, S, E)
+        probability = scores.softmax(-1)
         weight, expert = probability.max(-1)  # the lowest expert id wins a tie
-        group = self.site.routing_group * tokens.id.shape[1]
-        choice = one_hot(expert, self.site.num_experts) * tokens.real[..., None]
-        choice = choice.view(-1, group, self.site.num_experts)  # (G, N, E)
-        aux_loss = self.load_balance_coef * balance_loss(choice, probability.view(choice.shape))
-        kept = tokens.real
-        if self.capacity_factor is not None:
-            kept = within_capacity(choice, self.capacity_factor).view(kept.shape)
+        choice = choices(expert[..., None], tokens, self.site)
+        aux_loss = self.load_balance_coef * balance_loss(choice, probability)
+        if self.z_loss_coef > 0:
+            aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens)
+        if self.straight_through:
+            weight = weight / weight.detach()
+        kept, capacity_factor = tokens.real, self.capacity_factors[self.training]
+        if capacity_factor is not None:
+            kept = within_capacity(choice, capacity_factor).any(-1).view(kept.shape)
         return one_each(expert, weight * kept, aux_loss)
 
     def scores(self, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """W h in at least float32, (B, S, E)."""
-        hidden = at_least_float32(hidden)
+        """(B, S, E) in at least float32."""
+        if self.by_token:
+            return torch.nn.functional.embedding(tokens.id, self.gate).float()
         if self.training and self.jitter > 0:
-            position, column = tokens.position[..., None], torch.arange(hidden.shape[-1], device=hidden.device)
-            draw = uniform(tokens.key[:, None, None], self.site.layer, position, column)
-            hidden = hidden * (1 + self.jitter * (2 * draw - 1))
-        return hidden @ self.gate.to(hidden.dtype).T
-
-
-def balance_loss(choice: Tensor, probability: Tensor) -> Tensor:
-    """E * sum_i f_i P_i (eq. 4), the mean over groups. choice (G, N, E) one-hot, 0 on padding; probability (G, N, E).
-
-    f_i: share of tokens whose argmax is i, before dropping, without gradient. P_i: mean probability of i.
-    """
-    real = choice.sum(-1, keepdim=True)  # (G, N, 1)
-    tokens = real.sum(1).clamp(min=1)  # (G, 1)
-    share = choice.sum(1) / tokens
-    mean_probability = (probability * real).sum(1) / tokens
-    return choice.shape[-1] * (share * mean_probability).sum(-1).mean()
-
-
-def within_capacity(choice: Tensor, capacity_factor: float) -> Tensor:
-    """(G, N) bool: the tokens that find room, in order of position. choice (G, N, E) one-hot, 0 on padding."""
-    tokens = choice.sum((1, 2))  # (G,)
-    capacity = torch.ceil(tokens.double() * capacity_factor / choice.shape[-1])
-    place = (choice.cumsum(1) * choice).sum(-1)  # (G, N), from 1; 0 on padding
-    return (place > 0) & (place <= capacity[:, None])
+            hidden = jittered(hidden, tokens, self.site.layer, self.jitter)
+        return gate_scores(hidden, self.gate)

@@ -1,55 +1,118 @@
-"""Tables: keys -> experts. Drawn once from a named generator, before training.
+"""Tables: keys -> experts, fixed before training (Hash Layers, section 3.1; facts and choices in each docstring).
 
-E experts, V keys. p1 is the most frequent key's share: no table can load its fullest expert with less than
-max(1, p1 E) times the mean.
+python -m routers.tables build | audit | export: see routers.workbench.
+
+E experts, K keys, k experts a key. p1 is the most frequent key's share: no table can load its fullest expert with less
+than max(1, p1 E / k) times the mean.
 """
 
 import heapq
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from routers.routing import Site, count
 
-def random_table(counts: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Each key gets a uniformly random expert (Hash Layers, section 3.1). counts (V,) -> (V,) int64."""
-    return torch.randint(num_experts, counts.shape, generator=generator)
+TEACHER_TOKENS = 1 << 20  # of the training split, from which a learned router's table is read
 
 
-def balanced_table(counts: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Keys in falling order of frequency go one by one to the expert with the least load so far (Hash Layers, 3.1).
+class Keys(NamedTuple):
+    """What a table is drawn from."""
+
+    counts: Tensor  # (K,) int64, how often each key stands in the training split
+    site: Site
+    generator: torch.Generator
+    k: int = 1  # different experts of one key
+    file: str | None = None  # a safetensors file with one table
+
+
+def random_table(keys: Keys) -> Tensor:
+    """Each key gets a uniformly random expert, or k different ones."""
+    if keys.k == 1:
+        return torch.randint(keys.site.num_experts, (len(keys.counts), 1), generator=keys.generator)
+    return torch.rand(len(keys.counts), keys.site.num_experts, generator=keys.generator).argsort(1)[:, : keys.k]
+
+
+def modulo_table(keys: Keys) -> Tensor:
+    """id mod E, and the experts after it."""
+    return (torch.arange(len(keys.counts))[:, None] + torch.arange(keys.k)) % keys.site.num_experts
+
+
+def balanced_table(keys: Keys) -> Tensor:
+    """Keys in falling order of frequency go one by one to the expert (the k experts) with the least load so far.
 
     Done plainly this has no draw: two tables would be one partition under other names. So keys are visited in order
     of count * exp(0.1 z), z standard normal; loads add the true counts; ties go to a random least-loaded expert.
-    Keys that training never shows carry no load, and would all meet in one expert: theirs is uniformly random.
-    counts (V,) -> (V,) int64.
+    Keys that training never shows carry no load, and would all meet in one expert: theirs are random.
     """
-    noise = torch.randn(counts.shape, generator=generator, dtype=torch.float64)
-    order = torch.argsort(counts * torch.exp(0.1 * noise), descending=True, stable=True).tolist()
-    ties = torch.randint(2**31, counts.shape, generator=generator).tolist()
-    frequency = counts.tolist()
-    groups: dict[int, list[int]] = {0: list(range(num_experts))}  # load -> experts that have it
-    loads = [0]  # a heap of the loads in groups
-    table = torch.randint(num_experts, counts.shape, generator=generator).tolist()
-    for key in order[: int((counts > 0).sum())]:
-        experts = groups[loads[0]]
-        choice = ties[key] % len(experts)
-        experts[choice], experts[-1] = experts[-1], experts[choice]
-        table[key] = experts.pop()
-        load = loads[0] + frequency[key]
-        if not experts:
-            del groups[heapq.heappop(loads)]
-        if load not in groups:
-            groups[load] = []
-            heapq.heappush(loads, load)
-        groups[load].append(table[key])
+    noise = torch.randn(keys.counts.shape, generator=keys.generator, dtype=torch.float64)
+    order = torch.argsort(keys.counts * torch.exp(0.1 * noise), descending=True, stable=True).tolist()
+    table, frequency = random_table(keys).tolist(), keys.counts.tolist()
+    experts = torch.randperm(keys.site.num_experts, generator=keys.generator).tolist()
+    ties = torch.randint(2**31, (len(frequency), keys.k), generator=keys.generator).tolist()
+    least = [(0, turn, expert) for turn, expert in enumerate(experts)]  # a heap of (load, random, expert)
+    for key in order[: int((keys.counts > 0).sum())]:
+        chosen = [heapq.heappop(least) for _ in range(keys.k)]
+        table[key] = [expert for _, _, expert in chosen]
+        for (load, _, expert), tie in zip(chosen, ties[key]):
+            heapq.heappush(least, (load + frequency[key], tie, expert))
     return torch.tensor(table)
 
 
-TABLES = {"random": random_table, "balanced": balanced_table}
+def distilled_table(keys: Keys) -> Tensor:
+    """The expert that a trained learned router of this layer gave each token most often; unseen tokens: random.
+
+    Tabulated over the first TEACHER_TOKENS of the training split. Raises ValueError if the run has no such router.
+    """
+    teacher, site = keys.site.baseline, keys.site
+    seen, experts = 0, torch.zeros(len(keys.counts) * site.num_experts, dtype=torch.int64)
+    assert teacher is not None and site.training_text is not None
+    for tokens in site.training_text():
+        routing = teacher(tokens).routings.get(site.layer)
+        if routing is None or teacher.num_experts != site.num_experts:
+            wanted = f"a routed layer {site.layer} with {site.num_experts} experts"
+            raise ValueError(f"router.baseline must be a run with {wanted} for router.table=distilled")
+        pair = tokens.id.reshape(-1).index_select(0, routing.token) * site.num_experts + routing.expert
+        experts += count(pair, len(experts), (routing.weight > 0).long())
+        seen += tokens.id.numel()
+        if seen >= TEACHER_TOKENS:
+            break
+    votes = experts.view(-1, site.num_experts)
+    return torch.where(votes.sum(1) > 0, votes.argmax(1), random_table(keys)[:, 0])[:, None]
 
 
-def balance_bound(counts: Tensor, num_experts: int) -> float:
-    """The least possible load of the fullest expert over the mean load: max(1, p1 E, (p_E + p_{E+1}) E)."""
+def file_table(keys: Keys) -> Tensor:
+    """The tensor tid2eid (K, k) of a safetensors file. Raises ValueError if there is none of that shape."""
+    try:
+        table = load_file(keys.file or "")["tid2eid"].long()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"router.file={keys.file} is no safetensors file with a tensor tid2eid: {error}") from error
+    if table.shape != (len(keys.counts), keys.k):
+        raise ValueError(
+            f"router.file={keys.file}: tid2eid must be (keys, experts of a key) = {(len(keys.counts), keys.k)}; "
+            f"got {tuple(table.shape)}"
+        )
+    return table
+
+
+def check_table(table: Tensor, num_experts: int) -> None:
+    """Raises ValueError if an entry is no expert."""
+    if bool(((table < 0) | (table >= num_experts)).any()):
+        raise ValueError(f"a table must hold experts 0..{num_experts - 1}; got {int(table.min())}..{int(table.max())}")
+
+
+def balance_bound(counts: Tensor, num_experts: int, k: int = 1) -> float:
+    """The least possible load of the fullest expert over the mean load: max(1, p1 E / k), and for k = 1 also
+    (p_E + p_{E+1}) E. counts (K,)."""
     share = (counts.double() / counts.sum()).sort(descending=True).values
-    pair = share[num_experts - 1 : num_experts + 1].sum() if len(share) > num_experts else share.new_zeros(())
-    return max(1.0, float(share[0]) * num_experts, float(pair) * num_experts)
+    pair = share[num_experts - 1 : num_experts + 1].sum() if len(share) > num_experts and k == 1 else 0.0
+    return max(1.0, float(share[0]) * num_experts / k, float(pair) * num_experts)
+
+
+if __name__ == "__main__":
+    from routers.workbench import main
+
+    main()

@@ -1,6 +1,5 @@
 """Shared by the tests: sites, tokens and models small enough for hand arithmetic, and settings like run.py's."""
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -36,7 +35,9 @@ def the_global_generator_is_never_touched():
 def make_site(**changes) -> Site:
     counts = torch.arange(VOCAB, 0, -1) ** 2
     site = {"layer": 1, "num_experts": EXPERTS, "d_model": WIDTH, "vocab_size": VOCAB, "token_counts": counts}
-    return Site(**site | {"begin": BEGIN, "end": END, "routing_group": 2, "seed": 0} | changes)
+    site |= {"begin": BEGIN, "end": END, "routing_group": 2, "seed": 0, "sequence_length": LENGTH}
+    site |= {"sparse_layers": (0, 1), "training_text": lambda: [some_batch(16, seed=9).tokens]}
+    return Site(**site | changes)
 
 
 def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int = 0) -> Batch:
@@ -51,11 +52,18 @@ def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int 
 
 def make_transformer(make_router=None, experts: int = EXPERTS, seed: int = 0, path: str = "grouped_mm", **changes):
     settings = {"num_layers": 2, "d_model": WIDTH, "d_ff": 32, "num_heads": 2, "norm": "layernorm", "dispatch": "auto"}
-    settings |= {"positions": "rotary", "activation": "relu", "sparse_layers": [1]}
+    settings |= {"positions": "rotary", "activation": "relu", "sparse_layers": [1], "placement": "replace"}
+    kind, options = changes.pop("kind", Experts), changes.pop("options", {})
+    num_shared, baseline = changes.pop("num_shared", 0), changes.pop("baseline", None)
     settings = ModelSettings(**settings | changes)
     settings.check()
-    make_experts = functools.partial(Experts, d_model=WIDTH, d_ff=32, activation=settings.activation)
-    return Transformer(settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path)
+
+    def make_experts(count, d_ff):
+        return kind(count, WIDTH, d_ff, settings.activation, **options)
+
+    return Transformer(
+        settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path, num_shared, baseline
+    )
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -124,7 +132,8 @@ def router_of(name: str, site: Site) -> Router:
     """The router that conf/router/<name>.yaml describes."""
     from training.targets import target
 
-    found, options = target({str(k): v for k, v in compose_config(f"router={name}").router.items()}, skip=1)
+    node = {str(k): v for k, v in compose_config(f"router={name}").router.items() if k != "baseline"}
+    found, options = target(node, skip=1)
     return found(site, **options)
 
 
