@@ -10,53 +10,44 @@ import yaml
 
 from analysis import tables
 from analysis.figures import save_learning_curves
-from analysis.runs import Study, read_study
+from analysis.runs import read_study
 
 
 def report(name: str, runs: Path, results: Path) -> str:
     """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished."""
     style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
     study = read_study(name, runs)
-    labels = tables.labels(study, style)
-    reference = style["reference"] if style["reference"] in labels else next(iter(labels))
-    frame = tables.table(study, labels, reference)
-    header, notes = tables.header(study, style), tables.notes(study, frame, labels[reference])
-    terminal, markdown = (tables.printed(frame, labels[reference], form) for form in ("simple", "pipe"))
+    frame = tables.table(study, style)
+    header, notes = tables.header(study, style), tables.notes(study, frame)
+    terminal, markdown = (tables.printed(frame, form) for form in ("simple", "pipe"))
 
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, rows in {"table.csv": frame, "runs.csv": study.runs}.items():
         rows.to_csv(folder / file, index=False, float_format="%.15g", lineterminator="\n")
     (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
-    save_learning_curves(study, style, labels, reference, folder)
+    save_learning_curves(study, frame, style, folder)
+
     where = f"table   {folder}/table.md, table.csv\n"
     where += f"figure  {folder}/figure.png, figure.pdf: learning curves, mean over seeds ± standard deviation\n"
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
-    return "\n\n".join([header, terminal, notes, where, _next(study, style, runs)])
-
-
-def _next(study: Study, style: dict, runs: Path) -> str:
-    """Commands worth trying, from style's list."""
     best = shlex.quote(str(runs / study.counted.sort_values("val/ce")["id"].iloc[0]))
-    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": study.name}
+    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
-    return "\n".join(["what to try next:", *ideas])
+    return "\n\n".join([header, terminal, notes, where, "\n".join(["what to try next:", *ideas])])
 
 
-def main() -> int:
-    """Print the report; 0 if there is one, 1 with one line on stderr if not."""
+def main() -> None:
+    """Print the report, or leave with status 1 and one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
     parser.add_argument("name", help="a sweep that was run, for example quickstart")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
-    args = parser.parse_args()
     try:
-        print(report(args.name, args.runs, args.results))
+        print(report(**vars(parser.parse_args())))
     except (ValueError, OSError) as error:
-        print(f"analysis.report: {error}", file=sys.stderr)
-        return 1
-    return 0
+        parser.exit(1, f"analysis.report: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,8 +5,8 @@ import json
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,26 +16,18 @@ import yaml
 COMPARABLE = {"data_fingerprint": "other data", "tokens": "other token budget", "code": "other commit"}
 
 
-@dataclass(frozen=True)
-class Study:
-    """One sweep as found on disk.
-
-    runs: a row a run, in job order: id, arm, seed, outcome (finished, diverged, failed, running, stopped, missing,
-    unreadable or one of COMPARABLE's), why, then what result.json holds, code and device.
-    curves: a row a validation of a finished run: arm, seed, tokens, val/ce (nats per token).
-    """
+class Study(NamedTuple):
+    """One sweep as found on disk."""
 
     name: str
     scale: str
     command: str  # that started the sweep
+    # A row a run, in job order: id, arm, seed, outcome (finished, diverged, failed, running, stopped, missing,
+    # unreadable or one of COMPARABLE's), why, then what result.json holds, code and device.
     runs: pd.DataFrame
-    curves: pd.DataFrame
+    counted: pd.DataFrame  # the rows of runs that enter means: the finished
+    curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, tokens, val/ce (nats per token)
     config: dict  # of the first finished run
-
-    @property
-    def counted(self) -> pd.DataFrame:
-        """The rows that enter means."""
-        return self.runs.loc[self.runs["outcome"] == "finished"]
 
 
 def read_study(name: str, folder: Path) -> Study:
@@ -49,22 +41,19 @@ def read_study(name: str, folder: Path) -> Study:
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
-    _set_apart(rows)
-    counted = [row for row in rows if row["outcome"] == "finished"]
-    metrics = [read_metrics(folder / row["id"]).assign(arm=row["arm"], seed=row["seed"]) for row in counted]
-    curves = pd.concat(metrics).loc[:, ["arm", "seed", "tokens", "val/ce"]].dropna()
-    config = yaml.safe_load((folder / counted[0]["id"] / "config.yaml").read_text())
-    return Study(name, record["scale"], shlex.join(record["command"]), pd.DataFrame(rows), curves, config)
-
-
-def _set_apart(rows: list[dict]) -> None:
-    """Finished runs that differ from most in data, token budget or code get an outcome that says so."""
-    for key, outcome in COMPARABLE.items():
+    for key, outcome in COMPARABLE.items():  # who differs from most gets an outcome that says so
         finished = [row for row in rows if row["outcome"] == "finished"]
         kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in job order
         for row in finished:
             if row.get(key) != kept:
                 row.update(outcome=outcome, why=f"{str(row.get(key))[:23]}, not {str(kept)[:23]}")
+    runs = pd.DataFrame(rows)
+    counted = runs.loc[runs["outcome"] == "finished"]
+    identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
+    metrics = [read_metrics(folder / run).assign(arm=arm, seed=seed) for run, arm, seed in identity]
+    curves = pd.concat(metrics).loc[:, ["arm", "seed", "tokens", "val/ce"]].dropna()
+    config = yaml.safe_load((folder / counted["id"].iloc[0] / "config.yaml").read_text())
+    return Study(name, record["scale"], shlex.join(record["command"]), runs, counted, curves, config)
 
 
 def read_run(folder: Path, name: str) -> dict:
@@ -92,21 +81,15 @@ def _outcome(folder: Path) -> dict:
             result |= {"outcome": "diverged", "why": f"at step {result['step']}"}
         return result | {"code": code, "device": provenance["device"]}
     progress = f"at step {metrics['step'].iloc[-1]}" if len(metrics) else "before its first step"
-    if (folder / "lock").exists() and _locked(folder / "lock"):
-        return {"outcome": "running", "why": progress}
+    if (folder / "lock").exists():
+        with (folder / "lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # a process holds it, and works on this run
+                return {"outcome": "running", "why": progress}
     if (folder / "error.txt").exists():
         return {"outcome": "failed", "why": (folder / "error.txt").read_text().strip().split("\n")[-1]}
     return {"outcome": "stopped", "why": progress}
-
-
-def _locked(lock: Path) -> bool:
-    """Whether a process holds the lock: it works on this run."""
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:

@@ -7,23 +7,18 @@ from analysis.runs import Study
 from analysis.statistics import mean_and_deviation, paired_difference
 
 
-def labels(study: Study, style: dict) -> dict[str, str]:
-    """What each arm of the study is called, in the order of its jobs."""
-    arms = study.runs.loc[:, "arm"].unique()
-    return {arm: style["arms"].get(arm, {}).get("label", arm.replace("_", " ")) for arm in arms}
-
-
-def table(study: Study, labels: dict[str, str], reference: str) -> pd.DataFrame:
-    """One row an arm, numbers in full (losses in nats per token): table.csv, and what is printed."""
+def table(study: Study, style: dict) -> pd.DataFrame:
+    """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
+    arms = list(study.runs["arm"].unique())
+    reference = style["reference"] if style["reference"] in arms else arms[0]
     counted = study.counted.set_index("seed")
     base = counted.loc[counted["arm"] == reference, "test/ce"]
-    planned = study.runs.loc[:, "arm"].value_counts()
     rows = []
-    for arm, label in labels.items():
+    for arm in arms:
         runs = counted.loc[counted["arm"] == arm]
-        row = {"arm": arm, "label": label, "planned": planned[arm], "n": len(runs)}
-        for kind in ("active", "total"):
-            row[f"{kind}_parameters"] = runs[f"parameters/{kind}"].mean()
+        label = style["arms"].get(arm, {}).get("label", arm.replace("_", " "))
+        row = {"arm": arm, "label": label, "planned": (study.runs["arm"] == arm).sum(), "n": len(runs)}
+        row |= {f"{kind}_parameters": runs[f"parameters/{kind}"].mean() for kind in ("active", "total")}
         for split in ("test", "val"):
             mean, deviation = mean_and_deviation(runs.loc[:, f"{split}/perplexity"])
             row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
@@ -36,15 +31,16 @@ def table(study: Study, labels: dict[str, str], reference: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def printed(frame: pd.DataFrame, reference_label: str, form: str) -> str:
+def printed(frame: pd.DataFrame, form: str) -> str:
     """The table for a reader. `form` is tabulate's: "simple" for a terminal, "pipe" for markdown."""
+    reference = frame.loc[frame["reference"], "label"].item()
     headers = ["method", "parameters\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
-    headers += [f"difference to {reference_label}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
+    headers += [f"difference to {reference}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
     if form == "pipe":  # a cell of markdown is one line
         headers = [header.replace("\n", " ") for header in headers]
     rows = [_cells(row) for row in frame.to_dict("records")]
     align = ("left", *["right"] * 4, "left", "right", "right")
-    return tabulate(rows, headers=headers, tablefmt=form, colalign=align, disable_numparse=True)
+    return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
 
 
 def _cells(row: dict) -> list[str]:
@@ -52,23 +48,18 @@ def _cells(row: dict) -> list[str]:
     if not row["n"]:
         return [row["label"], "", "", "", n, "", "", ""]
     parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
-    test, validation = (
-        f"{row[f'{split}_perplexity']:.2f} ± {row[f'{split}_perplexity_deviation']:.2f}".removesuffix(" ± nan")
-        for split in ("test", "val")
-    )
-    speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
-    return [row["label"], parameters, test, validation, n, _difference(row), f"{row['below_unigram']:.3f}", speed]
-
-
-def _difference(row: dict) -> str:
+    test = "{test_perplexity:.2f} ± {test_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
+    validation = "{val_perplexity:.2f} ± {val_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
+    difference = "{difference_mean:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]".format(**row)
+    difference = difference.removesuffix(" [+nan, +nan]")  # of one pair
     if row["reference"]:
-        return "reference"
-    if not row["difference_pairs"]:
-        return "no pair"
-    if row["difference_pairs"] == 1:
-        return f"{row['difference_mean']:+.3f}"
-    interval = f"{row['difference_mean']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-    return interval if row["separated"] else f"{interval} †"
+        difference = "reference"
+    elif not row["difference_pairs"]:
+        difference = "no pair"
+    elif row["difference_pairs"] > 1 and not row["separated"]:
+        difference += " †"
+    speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
+    return [row["label"], parameters, test, validation, n, difference, f"{row['below_unigram']:.3f}", speed]
 
 
 def human(count: float) -> str:
@@ -90,19 +81,20 @@ def header(study: Study, style: dict) -> str:
     return f"{study.name} at scale {study.scale}: {text}\n{trained}"
 
 
-def notes(study: Study, frame: pd.DataFrame, reference_label: str) -> str:
+def notes(study: Study, frame: pd.DataFrame) -> str:
     """What the columns are, what is not separated, and every run that is in no mean."""
+    reference = frame.loc[frame["reference"], "label"].item()
     lines = [
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
         "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
         "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
-        f"  below 0 is better than {reference_label}; the interval is that of a paired t-test, one method at a time",
+        f"  below 0 is better than {reference}; the interval is that of a paired t-test, one method at a time",
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
     compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")
     if any(row["difference_pairs"] > 1 and not row["separated"] for row in compared):
-        lines.append(f"† not separated from {reference_label}: the interval contains 0")
+        lines.append(f"† not separated from {reference}: the interval contains 0")
     few = [row for row in compared if row["difference_pairs"] < row["n"]]
     lines += [f"{row['label']}: its difference is over {row['difference_pairs']} of {row['n']} runs" for row in few]
     left_out = study.runs.loc[study.runs["outcome"] != "finished"].to_dict("records")

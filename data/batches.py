@@ -1,10 +1,8 @@
-"""Token streams -> batches. batch(step) is a pure function of (data, seed, step).
-
-B sequences a step, S sequence length, N windows in a split.
-"""
+"""Token streams -> batches of B windows, S tokens long. batch(step) is a pure function of (data, seed, step)."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +22,6 @@ class Tokens(NamedTuple):
     position: Tensor  # (B, S) int64, index in the window
     real: Tensor  # (B, S) bool, False on padding
     key: Tensor  # (B,) int64, from (seed, step, row of the step's batch): the source of all noise
-    predicted: Tensor | None = None  # (B, S) a frozen baseline's argmax of next, only if a table asks for it
 
 
 class Batch(NamedTuple):
@@ -36,31 +33,22 @@ class Batch(NamedTuple):
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
-        changed: dict[str, Any] = {k: None if t is None else change(t) for k, t in self.tokens._asdict().items()}
-        return Batch(Tokens(**changed), change(self.target), change(self.document))
+        return Batch(Tokens(*map(change, self.tokens)), change(self.target), change(self.document))
 
 
 def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> Batch:
-    """What routers and the loss need, from windows of the stream.
-
-    window, document (B, S+1) int64; real (B, S) bool; key (B,) int64. Nothing looks across a document border:
-    a document's first token has the begin id before it, its end token has the end id after it.
-    """
+    """window, document (B, S+1) int64; real (B, S) bool; key (B,) int64. Nothing looks across a document border."""
     token, target = window[:, :-1], window[:, 1:]
-    begins = document[:, 1:-1] != document[:, :-2]  # (B, S-1), for positions 1..S-1
-    previous = torch.full_like(token, BEGIN)
-    previous[:, 1:] = torch.where(begins, BEGIN, token[:, :-1])
-    following = torch.where(document[:, 1:] != document[:, :-1], END, target)
+    ends = document[:, 1:] != document[:, :-1]  # (B, S), the last token of a document
+    previous = torch.nn.functional.pad(torch.where(ends, BEGIN, token)[:, :-1], (1, 0), value=BEGIN)
+    following = torch.where(ends, END, target)
     position = torch.arange(token.shape[1]).expand_as(token)
     tokens = Tokens(token, previous, following, position, real, key)
     return Batch(tokens, target, document[:, :-1]).apply(Tensor.contiguous)
 
 
 class Split:
-    """Windows of S+1 tokens at stride S over one split: every token but the first is a target exactly once.
-
-    Raises ValueError if the split is shorter than one window.
-    """
+    """Windows of S+1 tokens at stride S: every token but the first is a target once. ValueError if not one fits."""
 
     def __init__(self, prepared: Prepared, split: str, sequence_length: int):
         self.stream = prepared.tokens[split]
@@ -68,15 +56,12 @@ class Split:
         self.ends = np.flatnonzero(np.asarray(self.stream) == END)
         self.full = (len(self.stream) - 1) // sequence_length  # windows without padding
         if self.full < 1:
-            raise ValueError(
-                f"the {split} split has {len(self.stream)} tokens, fewer than one window of "
-                f"data.sequence_length + 1 = {sequence_length + 1}"
-            )
+            window = f"one window of data.sequence_length + 1 = {sequence_length + 1}"
+            raise ValueError(f"the {split} split has {len(self.stream)} tokens, fewer than {window}")
 
     def windows(self, numbers: Tensor, key: Tensor) -> Batch:
         """The windows of these numbers (B,); a number past the last full window is padded, or all padding."""
-        start = numbers.numpy()[:, None] * self.length
-        index = start + np.arange(self.length + 1)[None, :]
+        index = numbers.numpy()[:, None] * self.length + np.arange(self.length + 1)  # (B, S+1)
         inside = index < len(self.stream)
         index = np.minimum(index, len(self.stream) - 1)
         window = np.where(inside, self.stream[index], END).astype(np.int64)
@@ -94,24 +79,18 @@ class TrainingBatches:
 
     def __init__(self, split: Split, batch_size: int, seed: int):
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.order: dict[int, Tensor] = {}
-
-    def permutation(self, epoch: int) -> Tensor:
-        if epoch not in self.order:
-            drawn = torch.randperm(self.split.full, generator=generator(self.seed, "epoch", epoch))
-            self.order = {e: p for e, p in self.order.items() if e == epoch - 1} | {epoch: drawn}
-        return self.order[epoch]
+        self.permutation = lru_cache(maxsize=2)(  # a batch may end one epoch and begin the next
+            lambda epoch: torch.randperm(split.full, generator=generator(seed, "epoch", epoch))
+        )
 
     def batch(self, step: int) -> Batch:
         """The batch of this step (from 0)."""
-        place = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = place // self.split.full
-        number = torch.stack([self.permutation(int(e))[int(p % self.split.full)] for e, p in zip(epochs, place)])
-        return self.split.windows(number, mix(torch.tensor(self.seed), step, torch.arange(self.batch_size)))
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        numbers = torch.stack([self.permutation(p // self.split.full)[p % self.split.full] for p in places])
+        return self.split.windows(numbers, mix(self.seed, step, torch.arange(self.batch_size)))
 
 
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     """The whole split in order, in batches of batch_size windows; the last batch is filled with padding."""
     for first in range(0, len(split), batch_size):
-        numbers = torch.arange(first, first + batch_size)
-        yield split.windows(numbers, torch.zeros(batch_size, dtype=torch.int64))
+        yield split.windows(torch.arange(first, first + batch_size), torch.zeros(batch_size, dtype=torch.int64))

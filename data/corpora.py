@@ -20,15 +20,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class StandardLibrary:
-    """The source text of the running Python's own standard library. A file is one document, in one split.
-
-    What is left out: packages installed beside it, tests, what the build wrote, and generated tables.
-    """
+    """The source text of the running Python's own standard library. A file is one document, in one split."""
 
     validation_share: float
     test_share: float
 
-    left_out = re.compile(
+    left_out = re.compile(  # packages installed beside it, tests, what the build wrote, and generated tables
         r"(.*/)?((site|dist)-packages|tests?|idle_test|__pycache__|lib-dynload|config-[^/]*|encodings|pydoc_data)"
         r"|(.*/)?_sysconfigdata[^/]*|(site|user)customize\.py|html/entities\.py|stringprep\.py|re/_casefix\.py"
         r"|(token|keyword|_opcode_metadata)\.py"
@@ -91,19 +88,16 @@ class TextFiles:
         return digest_of([self.shares, self.document_start, self.text_field, files])
 
     def documents(self, split: str) -> Iterator[str]:
-        if split != "train" and self.paths[split]:
-            yield from self._read(split)
-            return
-        for index, text in enumerate(self._read("train")):
-            if _draw_split(f"{index} {text[:64]}", self.shares) == split:
+        own_files = self.paths[split] if split != "train" else []
+        texts = (text for path in own_files or self.paths["train"] for text in self._read(path))
+        for index, text in enumerate(texts):
+            if own_files or _draw_split(f"{index} {text[:64]}", self.shares) == split:
                 yield text
 
-    def _read(self, split: str) -> Iterator[str]:
-        for path in self.paths[split]:
-            is_json = path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl")
-            yield from self._json_documents(path) if is_json else self._plain_documents(path)
-
-    def _plain_documents(self, path: Path) -> Iterator[str]:
+    def _read(self, path: Path) -> Iterator[str]:
+        if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+            yield from (self._text_in(line, path, number) for number, line in _read_lines(path) if not line.isspace())
+            return
         document: list[str] = []
         for _, line in _read_lines(path):
             if document and self.starts and self.starts.search(line.rstrip("\r\n")):
@@ -112,20 +106,14 @@ class TextFiles:
             document.append(line)
         yield "".join(document)
 
-    def _json_documents(self, path: Path) -> Iterator[str]:
-        for number, line in _read_lines(path):
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line)[self.text_field]
-                text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 holds
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                rule = f"must be a JSON object with a string {self.text_field!r}"
-                raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
-            yield text
-
-
-Corpus = StandardLibrary | TextFiles
+    def _text_in(self, line: str, path: Path, number: int) -> str:
+        try:
+            text = json.loads(line)[self.text_field]
+            text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 holds
+            return text
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            rule = f"must be a JSON object with a string {self.text_field!r}"
+            raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
 
 
 def digest_of(value: object) -> str:
@@ -151,18 +139,16 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _find_files(globs: str | Iterable[str] | None) -> list[Path]:
     found: set[str] = set()
-    patterns = [] if globs is None else globs if isinstance(globs, list | tuple) else [globs]
-    for pattern in patterns:
+    for pattern in [] if globs is None else globs if isinstance(globs, list | tuple) else [globs]:
         if not isinstance(pattern, str):
             raise ValueError(f"data.corpus files must be globs; got {pattern!r}")
-        names = filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True))
-        matches = set(map(os.path.abspath, names))
-        if not matches:
+        names = list(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+        if not names:
             raise ValueError(f"no file matches {pattern!r}")
-        found |= matches
-    return sorted(
-        map(Path, found), key=lambda path: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", str(path))]
-    )
+        found.update(map(os.path.abspath, names))
+    # Part 9 before part 10; what numbers do not order (a1, a01) stays in the order of the text.
+    parts = {name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)] for name in sorted(found)}
+    return [Path(name) for name in sorted(parts, key=parts.__getitem__)]
 
 
 def _checked_shares(validation: float, test: float) -> tuple[float, float]:

@@ -14,9 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.corpora import SPLITS, Corpus, digest_of, file_digest
+from data.corpora import SPLITS, StandardLibrary, TextFiles, digest_of, file_digest
 from data.tokenizer import END, cut, train_tokenizer
 
+Corpus = StandardLibrary | TextFiles
 BATCH = 1 << 21  # characters encoded at a time; the encodings of a batch take some hundred megabytes
 FILES = (*(f"{split}.npy" for split in SPLITS), "counts.npy", "tokenizer.json")
 
@@ -39,7 +40,6 @@ def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], N
     Processes may call this at once: one works, the others wait and open what it made. `say` hears of work only.
     ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
-    cache = Path(cache).expanduser()
     try:
         # Another source, option, tokenizer library or code: another folder.
         code = [file_digest(Path(__file__).with_name(n)) for n in ("corpora.py", "tokenizer.py", "prepare.py")]
@@ -76,8 +76,7 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
     """Write into a temporary folder, then rename it: a kill at any moment leaves no half-made `folder`."""
     began = time.monotonic()
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)  # what a killed process left in it is written over
     try:
         say(f"preparing the corpus: training a tokenizer of {vocab_size} entries")
         tokenizer = train_tokenizer(corpus.documents("train"), vocab_size)
@@ -86,9 +85,8 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
         for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
             splits[split], counts[split] = _write_split(partial / f"{split}.npy", corpus.documents(split), tokenizer)
             if not splits[split]["documents"]:
-                raise ValueError(
-                    f"the {split} split of the corpus is empty: it needs more documents, or other data.corpus shares"
-                )
+                remedy = "it needs more documents, or other data.corpus shares"
+                raise ValueError(f"the {split} split of the corpus is empty: {remedy}")
             figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
             say(f"preparing the corpus: {split}: {figures}")
         np.save(partial / "counts.npy", counts["train"])
@@ -106,24 +104,21 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
 def _write_split(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> tuple[dict, np.ndarray]:
     """Stream a split's tokens into a .npy file; returns its figures and token counts (V,)."""
     vocab_size = tokenizer.get_vocab_size()
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-    counts = np.zeros(vocab_size, np.int64)
-    documents = size = 0
+    header = {"descr": "<u2" if vocab_size <= 1 << 16 else "<u4", "fortran_order": False}
+    counts, size = np.zeros(vocab_size, np.int64), 0
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
         for batch in _batches(texts):
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.concatenate([encoding.ids or [END] for encoding in encodings])
-            file.write(ids.astype(dtype).data)
+            file.write(ids.astype(header["descr"]).data)
             counts += np.bincount(ids, minlength=vocab_size)
-            documents += batch.count("")
             size += sum(len(piece.encode()) for piece in batch)
         file.seek(0)  # numpy pads its header so that it keeps its length while the first axis grows
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (int(counts.sum()),)})
     share = counts[counts > 0] / counts.sum()
-    entropy = float(-(share * np.log(share)).sum())
-    return {"documents": documents, "tokens": int(counts.sum()), "bytes": size, "unigram_entropy": entropy}, counts
+    figures = {"documents": int(counts[END]), "tokens": int(counts.sum()), "bytes": size}
+    return {**figures, "unigram_entropy": float(-(share * np.log(share)).sum())}, counts
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

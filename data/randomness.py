@@ -11,8 +11,7 @@ _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644
 
 def seed_of(*names: object) -> int:
     """A seed in [0, 2^63) that depends on the names alone: equal on every machine and in every process."""
-    digest = hashlib.sha256(repr(names).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
 
 
 def generator(*names: object) -> torch.Generator:
@@ -25,20 +24,14 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(*keys: Tensor | int) -> Tensor:
-    """Mix integers into one well-spread int64; tensors broadcast. At least one key must be a tensor."""
-    state: Tensor | int = 0
+    """Mix integers into one well-spread int64; tensors broadcast."""
+    state = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        state = key + state * _GOLDEN + _GOLDEN if isinstance(state, Tensor) else key + _wrap(state * _GOLDEN + _GOLDEN)
-        if isinstance(state, Tensor):
-            state = (state ^ _shift_right(state, 30)) * _FIRST
-            state = (state ^ _shift_right(state, 27)) * _SECOND
-            state = state ^ _shift_right(state, 31)
-    assert isinstance(state, Tensor), "mix needs a tensor"
+        state = key + state * _GOLDEN + _GOLDEN
+        state = (state ^ _shift_right(state, 30)) * _FIRST
+        state = (state ^ _shift_right(state, 27)) * _SECOND
+        state = state ^ _shift_right(state, 31)
     return state
-
-
-def _wrap(x: int) -> int:
-    return (x + 2**63) % 2**64 - 2**63
 
 
 def uniform(*keys: Tensor | int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,10 +18,7 @@ _SEAM = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE of exactly `vocab_size` entries, trained on the first TRAIN_BYTES of the text.
-
-    ValueError if vocab_size is below 258 or the text has too few repeated pairs to fill it.
-    """
+    """BPE of exactly `vocab_size` entries from the first TRAIN_BYTES of the text; ValueError if they cannot be had."""
     if vocab_size < SMALLEST:
         raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST}: 256 bytes and 2 special ids")
     tokenizer = Tokenizer(models.BPE())
@@ -29,8 +27,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options)
-    pieces = (piece for text in documents for piece in cut(text))
-    tokenizer.train_from_iterator(_first_bytes(pieces, TRAIN_BYTES), trainer)
+    tokenizer.train_from_iterator(_first_pieces(documents), trainer)
     if (reached := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(f"data.vocab_size={vocab_size}: the training text is too short, it yields {reached} entries")
     tokenizer.encode_special_tokens = True  # text that spells "<|end|>" must not become id 0
@@ -65,9 +62,10 @@ def cut(text: str) -> Iterator[str]:
         start = end
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        limit -= len(text.encode())
-        if limit < 0:
+def _first_pieces(documents: Iterable[str]) -> Iterator[str]:
+    left = TRAIN_BYTES
+    for piece in chain.from_iterable(map(cut, documents)):
+        left -= len(piece.encode())
+        if left < 0:
             return
-        yield text
+        yield piece

@@ -1,70 +1,62 @@
 """One job of a sweep, and what its run folder tells about it."""
 
 import json
+import math
+import os
 import signal
+import time
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 75  # exit status of a job that has saved a checkpoint upon SIGTERM
+from omegaconf import DictConfig
 
 
 @dataclass(eq=False)
 class Job:
-    """A run to make. It waits until it has a process, and has ended when it has a status."""
+    """A run to make. It runs once it has begun, and has ended when it has a status."""
 
     folder: Path  # its run folder
-    config: str  # its resolved config as yaml: all that travels to its process
+    config: DictConfig  # without interpolations
     status: int | None = None  # exit status, -N if signal N has killed it; 0 from the start if the run is finished
-    process: BaseProcess | None = None
     slot: dict[str, str] = field(default_factory=dict)  # its environment variables
-    began: float = 0.0  # seconds, time.time()
+    began: float = 0.0  # seconds, time.time(); 0 if nobody has started it
     seconds: float = 0.0  # that it took
-    kill_at: float = 0.0  # time.time(); 0 while nobody has asked it to stop
+    kill_at: float = math.inf  # time.time(); never, while nobody has asked it to stop
 
-    @property
-    def waiting(self) -> bool:
-        return self.process is None and self.status is None
+    def result(self) -> dict[str, Any]:
+        """What result.json says, which is written last; {} before."""
+        return json.loads(tail(self.folder / "result.json") or b"{}")
 
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.status is None
-
-    def progress(self) -> dict[str, float]:
-        """The newest complete training line of metrics.jsonl; {} before the first."""
+    def doing(self) -> str:
+        """How far its training is, by the newest complete training line of metrics.jsonl."""
         lines = tail(self.folder / "metrics.jsonl").split(b"\n")[:-1]  # what follows the last newline is being written
-        return next((json.loads(line) for line in reversed(lines) if b'"train/ce"' in line), {})
-
-    def to_go(self) -> float | None:
-        """Seconds until the end of its training; None before its first metrics."""
-        now = self.progress()
+        now = next((json.loads(line) for line in reversed(lines) if b'"train/ce"' in line), {})
         if not now.get("tokens_per_second"):
-            return None
-        return now["tokens"] * (now["steps"] / now["step"] - 1) / now["tokens_per_second"]
+            return f"starting, {duration(time.time() - self.began)}"
+        to_go = now["tokens"] * (now["steps"] / now["step"] - 1) / now["tokens_per_second"]
+        return f"step {now['step']}/{now['steps']}, ce {now['train/ce']:.2f}, {rate(now)}, {duration(to_go)} to go"
 
     def outcome(self) -> str:
         """What became of it, in a line."""
-        took, path = duration(self.seconds), self.folder / "result.json"
-        result = json.loads(path.read_text()) if path.exists() else {}
-        if self.status == 0:
+        took, status, result = duration(self.seconds), self.status or 0, self.result()
+        if status == 0:
             return f"finished in {took}" + (f": validation ce {result['val/ce']:.2f}, {rate(result)}" if result else "")
-        if self.status == INTERRUPTED:
+        if status == os.EX_TEMPFAIL:  # it has saved a checkpoint upon SIGTERM
             return f"interrupted after {took}"
         if result.get("outcome") == "diverged":
             return f"diverged at step {result['step']} after {took}"
-        status = self.status or 0
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
         said = tail(self.folder / "error.txt") or tail(self.folder / "console.log")
         return f"{how} after {took}: {(said.decode(errors='replace').strip().splitlines() or ['no output'])[-1]}"
 
 
-def tail(path: Path, size: int = 65536) -> bytes:
-    """The last bytes of a file; b"" if there is no file."""
+def tail(path: Path) -> bytes:
+    """The last 64 KiB of a file; b"" if there is no file."""
     if not path.exists():
         return b""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
+        file.seek(max(0, path.stat().st_size - 65536))
         return file.read()
 
 

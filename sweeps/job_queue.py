@@ -1,134 +1,148 @@
-"""A queue of jobs on one machine: a fresh process each, in which whatever happens harms no other job.
+"""A queue of jobs on one machine: a fresh process each, in which whatever happens harms no other job."""
 
-Jobs fork from a server that has imported everything and done nothing: they start in 0.1 s and may use CUDA.
-"""
-
-import importlib
-import multiprocessing
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
-from multiprocessing import connection, forkserver
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver, parent_process
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
-from sweeps.display import Display
-from sweeps.job import Job
-
-ROOT = Path(__file__).resolve().parents[1]
+from sweeps.job import Job, duration
 
 
+@dataclass
 class Queue:
-    """Runs jobs in their order, as many at once as there are slots.
+    """Runs jobs in their order, as many at once as there are slots, and prints how they fare."""
 
-    slots: the environment variables that each gives its jobs, e.g. {"CUDA_VISIBLE_DEVICES": "0"}
-    target: "module:function" that gets the job's config (DictConfig) and returns its exit status
-    preload: modules that the server imports besides the target's
-    grace_seconds: between SIGTERM and SIGKILL
-    """
+    jobs: list[Job]
+    slots: list[dict[str, str]]  # the environment variables that each gives its jobs, {"CUDA_VISIBLE_DEVICES": "0"}
+    target: Callable[[DictConfig], int]  # gets a job's config and returns its exit status
+    preload: tuple[str, ...]  # modules that the server imports besides the target's
+    grace_seconds: float  # between SIGTERM and SIGKILL
 
-    def __init__(
-        self, jobs: list[Job], slots: list[dict[str, str]], target: str, preload: tuple[str, ...], grace_seconds: float
-    ):
-        self.jobs, self.free, self.target, self.grace_seconds = jobs, list(slots), target, grace_seconds
+    def __post_init__(self) -> None:
+        self.waiting = [job for job in self.jobs if job.status is None]
+        self.running: dict[Job, ForkServerProcess] = {}
+        self.free = list(self.slots)
         self.signals: list[int] = []  # SIGINT and SIGTERM received
-        self.display = Display(jobs, len(slots))
-        multiprocessing.get_context("forkserver").set_forkserver_preload([*preload, target.split(":")[0]])
-        # The server reads these when it starts, with the first job. Python 3.11 hands it no sys.path, and it
-        # skips what it cannot import. OpenBLAS starts threads at import; what has threads should not fork.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(slots)))
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower
+        self.began = self.said = time.time()
 
-    def run(self) -> bool:
-        """Runs all jobs without a status, until SIGINT or SIGTERM (see signals). True if all are finished."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits that: Ctrl-C reaches jobs by this process
-        forkserver.ensure_running()
+    def run(self) -> int:
+        """Runs what has no status. Exit status: 0 if all jobs are finished, 128 + N if signal N stopped it, else 1."""
+        if skipped := len(self.jobs) - len(self.waiting):
+            print(f"{skipped} of {len(self.jobs)} jobs are finished already: skipped", flush=True)
+        self.start_server()
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda number, frame: self.signals.append(number))
         try:
-            while self.running() or (self.waiting() and not self.signals):
+            while self.running or (self.waiting and not self.signals):
                 self.turn()
         finally:
-            for job in self.running():  # only if the loop itself failed
-                send(job, signal.SIGKILL)
-        self.display.summary()
-        return all(job.status == 0 for job in self.jobs)
+            for process in self.running.values():  # only if the loop itself failed
+                send(process, signal.SIGKILL)
+        if self.summary():
+            return 0
+        return 128 + self.signals[0] if self.signals else 1
 
-    def running(self) -> list[Job]:
-        return [job for job in self.jobs if job.running]
-
-    def waiting(self) -> list[Job]:
-        return [job for job in self.jobs if job.waiting]
+    def start_server(self) -> None:
+        """Jobs fork from one that has imported everything and done nothing: they start in 0.1 s and may use CUDA."""
+        # Python 3.11 hands it no sys.path, and it skips what it cannot import.
+        root = str(Path(__file__).resolve().parents[1])
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits that: Ctrl-C reaches jobs by this process
+        forkserver.set_forkserver_preload([*self.preload, self.target.__module__])
+        forkserver.ensure_running()
 
     def turn(self) -> None:
         """Starts what can start, waits a moment, and looks after what runs."""
-        for job in [] if self.signals else self.waiting()[: len(self.free)]:
-            self.start(job)
-        connection.wait([job.process.sentinel for job in self.running() if job.process], timeout=0.25)
-        for job in self.running():
-            if job.process and job.process.exitcode is not None:
-                self.end(job, job.process.exitcode)
-            elif self.signals:
-                self.stop(job)
-        self.display.update()
+        while self.waiting and self.free and not self.signals:
+            self.start(self.waiting.pop(0))
+        connection.wait([process.sentinel for process in self.running.values()], timeout=0.25)
+        for job, process in list(self.running.items()):
+            if process.exitcode is not None:
+                send(process, signal.SIGKILL)  # to what it left behind in its group
+                del self.running[job]
+                self.free.append(job.slot)
+                job.status, job.seconds = process.exitcode, time.time() - job.began
+                self.say(job, job.outcome())
+            elif time.time() > job.kill_at:
+                send(process, signal.SIGKILL)
+            elif self.signals and job.kill_at == math.inf and send(process, signal.SIGTERM):  # it saves, exits with 75
+                job.kill_at = time.time() + self.grace_seconds
+                self.say(job, f"has {self.grace_seconds:g} s to save its state")
+        if time.time() - self.said > max(15, (time.time() - self.began) / 20):  # ever more rarely
+            self.said = time.time()
+            print("\n".join(self.progress()), flush=True)
 
     def start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "error.txt").unlink(missing_ok=True)  # an earlier attempt's
         job.slot, job.began = self.free.pop(0), time.time()
-        arguments = (self.target, job.config, str(job.folder / "console.log"), job.slot, self.grace_seconds)
-        job.process = ForkServerProcess(target=child, args=arguments)
-        job.process.start()
-        self.display.event(job, "started")
+        process = ForkServerProcess(target=child, args=(self.target, job, self.grace_seconds))
+        process.start()
+        self.running[job] = process
+        self.say(job, "started")
 
-    def end(self, job: Job, status: int) -> None:
-        send(job, signal.SIGKILL)  # to what it left behind in its group
-        job.status, job.seconds = status, time.time() - job.began
-        self.free.append(job.slot)
-        self.display.event(job, job.outcome())
+    def say(self, job: Job, what: str) -> None:
+        ended, total = sum(each.status is not None for each in self.jobs), len(self.jobs)
+        print(f"[{ended:>{len(str(total))}}/{total}] {job.folder.name} {what}", flush=True)
 
-    def stop(self, job: Job) -> None:
-        """SIGTERM, upon which a job saves and exits with 75; SIGKILL when the time of grace is over."""
-        if job.kill_at and time.time() > job.kill_at:
-            send(job, signal.SIGKILL)
-        elif not job.kill_at and send(job, signal.SIGTERM):
-            job.kill_at = time.time() + self.grace_seconds
-            self.display.event(job, f"has {self.grace_seconds:g} s to save its state")
+    def progress(self) -> list[str]:
+        """A line for the sweep, its time to go if each job takes as long as those finished, and one a running job."""
+        finished, failed = sum(job.status == 0 for job in self.jobs), sum(bool(job.status) for job in self.jobs)
+        overall = f"{finished} finished, {len(self.running)} running, {len(self.waiting)} left, {failed} failed"
+        if took := [job.seconds for job in self.jobs if job.began and job.status == 0]:
+            typical = sum(took) / len(took)
+            rest = [max(0.0, job.began + typical - time.time()) for job in self.running]
+            overall += f", {duration((sum(rest) + typical * len(self.waiting)) / len(self.slots))} to go"
+        return [overall, *(f"  {job.folder.name} {job.doing()}" for job in self.running)]
+
+    def summary(self) -> bool:
+        """The last lines: all is well (True), or what is not finished, why, and how to go on."""
+        finished, total = sum(job.status == 0 for job in self.jobs), len(self.jobs)
+        print(f"{finished} of {total} jobs are finished, after {duration(time.time() - self.began)}")
+        for job in self.jobs:
+            if job.status:
+                print(f"  {job.folder.name} {job.outcome()}\n    {job.folder / 'console.log'}")
+        if finished < total:
+            print("The same command again goes on from here; what is finished is not repeated.")
+        return finished == total
 
 
-def send(job: Job, number: int) -> bool:
-    """Signals the job's process group; False if there is none: too young to have one, or all gone."""
-    if not (job.process and job.process.pid):
+def send(process: ForkServerProcess, number: int) -> bool:
+    """Signals a job's process group; False if there is none: too young to have one, or all gone."""
+    assert process.pid
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
         return False
-    with suppress(ProcessLookupError):
-        os.killpg(job.process.pid, number)
-        return True
-    return False
+    return True
 
 
-def child(target: str, config: str, console: str, environment: dict[str, str], grace_seconds: float) -> None:
+def child(target: Callable[[DictConfig], int], job: Job, grace_seconds: float) -> None:
     """What a job's process does: a session of its own, its output into console.log, then the target."""
     os.setsid()
     threading.Thread(target=end_with_launcher, args=(grace_seconds,), daemon=True).start()
-    os.environ.update(environment)
-    log = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # by lines: a killed job loses none
-    module, function = target.split(":")
-    sys.exit(getattr(importlib.import_module(module), function)(OmegaConf.create(config)))
+    os.environ.update(job.slot)
+    sys.stdout = open(job.folder / "console.log", "a", buffering=1)  # by lines: a killed job loses none
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
+    sys.exit(target(job.config))
 
 
 def end_with_launcher(grace_seconds: float) -> None:
     """Ends this process's group when the launcher is gone, even by SIGKILL."""
-    launcher = multiprocessing.parent_process()
+    launcher = parent_process()
     assert launcher
     connection.wait([launcher.sentinel])
     os.killpg(0, signal.SIGTERM)

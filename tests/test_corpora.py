@@ -150,9 +150,9 @@ def test_a_standard_library_without_source_is_refused(tmp_path, monkeypatch):
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
-    for number in (10, 9, 1):
+    for number in ("10", "9", "1", "01"):
         (tmp_path / f"part.{number}.txt").write_text(f"number {number}")
     held_out = tmp_path / "held"
     held_out.write_text("held out")
     corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text")
-    assert list(corpus.documents("train")) == ["number 1", "number 9", "number 10"]
+    assert list(corpus.documents("train")) == ["number 01", "number 1", "number 9", "number 10"]

@@ -237,7 +237,9 @@ def test_nothing_to_report_is_one_line_and_status_1(whole, tmp_path, spoil, says
     monkeypatch.setattr(
         sys, "argv", ["report", "quickstart", "--runs", str(whole), "--results", str(tmp_path / "results")]
     )
-    assert main() == 1
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1 and says in printed.err
     assert not (tmp_path / "results").exists()

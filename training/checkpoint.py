@@ -30,10 +30,8 @@ MANIFEST = "manifest.json"
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or nothing, also after a power cut."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(text)
+    sync(partial)
     os.replace(partial, path)
     sync(path.parent)
 
@@ -117,7 +115,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
     tensors = load_file(folder / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
-        parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        parts = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
         # fused AdamW keeps its step counter on the parameter's device
         optimizer.state[parameter] = {what: value.to(parameter.device) for what, value in parts.items()}
     return json.loads((folder / "state.json").read_text())

@@ -16,6 +16,7 @@ from models.transformer import Transformer
 from routers.routing import Plan, Routing, at_least_float32, count
 
 Losses = tuple[Tensor, dict[int, Routing], Tensor]
+Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (batch, plans) -> Losses
 
 
 def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
@@ -50,7 +51,7 @@ def evaluating(model: Transformer, as_in_training: bool) -> Iterator[None]:
 
 def evaluate(
     model: Transformer,
-    losses: Callable[..., Losses],
+    losses: Compute,
     split: Split,
     batch_size: int,
     token_counts: Tensor,
@@ -60,12 +61,11 @@ def evaluate(
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,); decile_ce_sum, decile_tokens (10,) by the
     target's training frequency, the most frequent first; for each sparse layer load/<layer> (E,) and
-    token_expert/<layer> (V, E), how often each token id went to each expert. losses: token_losses, maybe compiled.
+    token_expert/<layer> (V, E), how often each token id went to each expert.
     """
     device = model.embedding.device
-    documents = len(split.ends) + 1
     deciles = frequency_deciles(token_counts).numpy()
-    sums = {"document": np.zeros((2, documents)), "decile": np.zeros((2, 10))}
+    sums = {"document": np.zeros((2, len(split.ends) + 1)), "decile": np.zeros((2, 10))}
     experts = {layer: torch.zeros(len(token_counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
     with evaluating(model, as_in_training):
         for batch in evaluation_batches(split, batch_size):
@@ -79,12 +79,9 @@ def evaluate(
                 token = moved.tokens.id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
                 experts[layer] += count(token * model.num_experts + routing.expert, len(experts[layer]), served).cpu()
-    result = {
-        f"{name}_{what}": torch.from_numpy(row)
-        for name, s in sums.items()
-        for what, row in zip(("ce_sum", "tokens"), s)
-    }
-    result |= {f"{key}_tokens": result[f"{key}_tokens"].long() for key in sums}
+    result = {}
+    for name, (ce_sum, tokens) in sums.items():
+        result |= {f"{name}_ce_sum": torch.from_numpy(ce_sum), f"{name}_tokens": torch.from_numpy(tokens).long()}
     for layer, counted in experts.items():
         result[f"token_expert/{layer}"] = counted.view(len(token_counts), model.num_experts)
         result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)

@@ -3,9 +3,8 @@
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -23,11 +22,20 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises ValueError if the folder cannot be made or written, or if another process works on it.
     """
-    try:
-        lock = _claim(folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write to the run folder {folder}: {error}") from error
-    with lock:
+    probe, written = folder / "probe.safetensors", torch.arange(2**17)  # 1 MiB
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(folder / "lock", "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            save_file({"probe": written}, probe)
+            same = torch.equal(load_file(probe)["probe"], written)
+            probe.unlink()
+        except BlockingIOError as error:
+            raise ValueError(f"another process is working on {folder}") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write to the run folder {folder}: {error}") from error
+        if not same:
+            raise ValueError(f"what is written to {folder} reads back differently")
         yield
 
 
@@ -36,20 +44,3 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"{folder} needs {needed / 1e9:.2f} GB free for checkpoints; the disk has {free / 1e9:.2f} GB")
-
-
-def _claim(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"another process is working on {folder}") from error
-    probe, written = folder / "probe.safetensors", torch.arange(2**17)  # 1 MiB
-    save_file({"probe": written}, probe)
-    same = torch.equal(load_file(probe)["probe"], written)
-    probe.unlink()
-    if not same:
-        raise ValueError(f"what is written to {folder} reads back differently")
-    return lock

@@ -6,9 +6,10 @@ import resource
 import statistics
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from data.batches import Split, TrainingBatches
 from data.prepare import Prepared
+from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, open_data, precision
 from training.evaluation import evaluate, mean_ce
@@ -32,8 +34,7 @@ from training.settings import Settings, digest_of
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run as settings and data, with the folder that belongs to it."""
 
     settings: Settings
@@ -75,91 +76,66 @@ def run(config: DictConfig) -> int:
 
 def _train(opened: Run) -> int:
     settings, prepared, folder = opened.settings, opened.prepared, opened.folder
-    began, device = time.perf_counter(), choose_device(settings)
+    train, began, device = settings.train, time.perf_counter(), choose_device(settings)
     model = make_model(settings, prepared, device).to(device)
-    optimizer = make_optimizer(model, settings.train)
+    optimizer, losses = make_optimizer(model, train), make_losses(settings, model, device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    require_space(folder, 7 * weights)  # for two checkpoints, each three times as large
     checkpoints = folder / "checkpoints"
-    require_space(
-        folder, 7 * sum(p.numel() * p.element_size() for p in model.parameters())
-    )  # two, three times as large
     last = checkpoint.latest(checkpoints)
     progress = Progress(**checkpoint.restore(last, model, optimizer)) if last else Progress()
     origin = provenance(prepared, model, device, precision(settings, device))
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
     checkpoint.write_atomically(folder / "provenance.json", json.dumps(origin, indent=1))
-    losses = make_losses(settings, model, device)
-    micro = settings.train.micro_batch or settings.train.batch_size
-    sums: dict[str, dict[str, Tensor]] = {}  # of the latest evaluation of each split
 
-    def measure(split: str, as_in_training: bool = False) -> float:
-        measured = evaluate(model, losses, opened.splits[split], micro, prepared.token_counts, as_in_training)
-        if not math.isfinite(mean_ce(measured)):
+    def measure(split: str, as_in_training: bool = False) -> dict[str, Tensor]:
+        micro = train.micro_batch or train.batch_size
+        sums = evaluate(model, losses, opened.splits[split], micro, prepared.token_counts, as_in_training)
+        if not math.isfinite(mean_ce(sums)):
             raise Diverged(progress.step)
-        sums.setdefault(split, {}).update({} if as_in_training else measured)
-        return mean_ce(measured)
+        return sums
 
     def save() -> None:
         files = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer)}
         checkpoint.save(checkpoints, progress.step, files, asdict(progress))
 
-    with stop_requests() as stop, Recorder(settings, folder, progress.step) as recorder:
+    with stop_requests() as stop, Recorder(settings, folder, progress) as recorder:
+
+        def validate() -> None:
+            recorder.log({"val/ce": mean_ce(measure("validation"))})
+
+        counts, per_step = origin["parameters"], train.batch_size * settings.data.sequence_length
+        tokens = train.steps * per_step
         recorder.say(f"{settings.arm}, seed {settings.seed}: {folder}")
-        tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
-        counts, path = origin["parameters"], origin["dispatch"]
         recorder.say(
-            f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}, dispatch {path}; "
-            f"{tokens:,} tokens, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
+            f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}, dispatch "
+            f"{origin['dispatch']}; {tokens:,} tokens, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
             + (f"; going on after step {progress.step}" if progress.step else "")
         )
-        trainer = Trainer(
-            settings,
-            model,
-            losses,
-            optimizer,
-            batches=TrainingBatches(opened.splits["train"], settings.train.batch_size, settings.seed),
-            progress=progress,
-            log=lambda values: recorder.log(progress, values),
-            evaluate=lambda: recorder.log(progress, {"val/ce": measure("validation")}),
-            checkpoint=save,
-            stop=stop,
-        )
-        result: dict[str, Any] = {"outcome": "finished"}
+        batches = TrainingBatches(opened.splits["train"], train.batch_size, settings.seed)
         try:
-            trainer.train()
-            for name, split in (("val", "validation"), ("test", "test")):
-                ce = measure(split)
-                result |= {
-                    f"{name}/ce": ce,
-                    f"{name}/perplexity": math.exp(ce),
-                    f"{name}/tokens": int(sums[split]["tokens"]),
-                }
-                result[f"{name}/unigram_entropy"] = prepared.splits[split]["unigram_entropy"]
-                if any(router.trains_differently for router in model.routers.values()):
-                    result[f"{name}/ce_as_in_training"] = measure(split, as_in_training=True)
-            tensors = {f"{split}/{name}": value for split, values in sums.items() for name, value in values.items()}
-            save_file(tensors, folder / "evaluation.safetensors")
+            Trainer(settings, model, losses, optimizer, batches, progress, recorder.log, validate, save, stop).train()
+            result = {"outcome": "finished"} | _held_out(opened, model, measure)
         except (Diverged, FloatingPointError) as diverged:
             recorder.say(f"diverged: {diverged}")
             result, progress.step = {"outcome": "diverged"}, getattr(diverged, "step", progress.step + 1)
-        lines = [line for line in recorder.lines() if "tokens_per_second" in line]
-        rates = [line["tokens_per_second"] for line in lines[1:] or lines]  # the first holds start-up and compiling
-        on_gpu = device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result |= {
             "step": progress.step,
-            "tokens": progress.step * settings.train.batch_size * settings.data.sequence_length,
+            "tokens": progress.step * per_step,
             "seconds": time.perf_counter() - began,
             "train_seconds": progress.seconds,
-            "tokens_per_second": statistics.median(rates) if rates else None,
-            "peak_memory_bytes": peak,
-            "parameters/active": origin["parameters"]["active"],
-            "parameters/total": origin["parameters"]["total"],
+            # the first rate holds start-up and compiling
+            "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident,
+            "parameters/active": counts["active"],
+            "parameters/total": counts["total"],
             "train_flops_per_token": origin["train_flops_per_token"],
             "data_fingerprint": prepared.fingerprint,
         }
-        recorder.mirror.guarded(lambda run: run.summary.update(result))
+        recorder.mirror(lambda run: run.summary.update(result))
         checkpoint.prune(checkpoints, settings.record.keep_weights, settings.record.keep_optimizer)
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))
         if result["outcome"] == "diverged":
@@ -169,3 +145,18 @@ def _train(opened: Run) -> int:
             f"{result['test/perplexity']:.2f} on test ({result['test/ce']:.4f} nats); {folder}"
         )
         return FINISHED
+
+
+def _held_out(opened: Run, model: Transformer, measure: Callable[..., dict[str, Tensor]]) -> dict[str, Any]:
+    """The result's figures of validation and test; what they are made of goes into evaluation.safetensors."""
+    result, tensors = {}, {}
+    for name, split in (("val", "validation"), ("test", "test")):
+        sums = measure(split)
+        ce = mean_ce(sums)
+        result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
+        result[f"{name}/unigram_entropy"] = opened.prepared.splits[split]["unigram_entropy"]
+        if any(router.trains_differently for router in model.routers.values()):
+            result[f"{name}/ce_as_in_training"] = mean_ce(measure(split, as_in_training=True))
+        tensors |= {f"{split}/{key}": value for key, value in sums.items()}
+    save_file(tensors, opened.folder / "evaluation.safetensors")
+    return result

@@ -1,5 +1,4 @@
-"""The training loop. One step: forward and backward over the micro-batches, one update; a line, an evaluation and a
-checkpoint now and then."""
+"""The training loop: forward and backward over the micro-batches, one update; now and then a line or a checkpoint."""
 
 import signal
 import time
@@ -15,7 +14,7 @@ from torch import Tensor
 from data.batches import Batch, TrainingBatches
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, joined, load_metrics, load_of
-from training.evaluation import Losses
+from training.evaluation import Compute
 from training.optimizer import learning_rate, step
 from training.settings import Settings
 
@@ -45,12 +44,11 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """One run in memory. losses is build.make_losses; log, evaluate and checkpoint are called
-    when they are due."""
+    """One run in memory. log, evaluate and checkpoint are called when they are due."""
 
     settings: Settings
     model: Transformer
-    losses: Callable[..., Losses]
+    losses: Compute
     optimizer: torch.optim.AdamW
     batches: TrainingBatches
     progress: Progress
@@ -114,9 +112,7 @@ class Trainer:
         firsts = range(0, len(batch.target), size)
         parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]
         if self.device.type == "cuda":
-            parts = [
-                part.apply(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)) for part in parts
-            ]
+            parts = [part.apply(lambda t: t.pin_memory().to(self.device, non_blocking=True)) for part in parts]
         return [(part, self.model.plan(part.tokens)) for part in parts]
 
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:

@@ -11,12 +11,11 @@ from training.settings import TrainSettings
 
 def make_optimizer(model: Transformer, train: TrainSettings) -> torch.optim.AdamW:
     """Fused AdamW. Matrices decay; embeddings, norms and whatever belongs to a router do not."""
-    free = {name for name, p in model.named_parameters() if p.dim() == 1 or ".router." in name}
-    free |= {"embedding", "positions"}
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if name not in free], "weight_decay": train.weight_decay},
-        {"params": [p for name, p in model.named_parameters() if name in free], "weight_decay": 0.0},
-    ]
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        kept = p.dim() == 1 or ".router." in name or name in ("embedding", "positions")
+        (free if kept else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
 

@@ -2,9 +2,8 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -16,17 +15,20 @@ from training.settings import Settings
 class Recorder:
     """Writes into the run folder. Use as a context: leaving it closes files and mirror, whatever happened."""
 
-    def __init__(self, settings: Settings, folder: Path, resume_step: int):
-        self.settings, self.folder, self.since = settings, folder, time.perf_counter()
+    def __init__(self, settings: Settings, folder: Path, progress: Progress):
+        self.settings, self.progress = settings, progress
         self.console = open(folder / "console.log", "a")
-        self.metrics = _cut_metrics(folder / "metrics.jsonl", resume_step)
-        self.mirror = Mirror(settings, folder, self.say)
+        self.metrics = _cut_metrics(folder / "metrics.jsonl", progress.step)
+        self.wandb: Any = None
+        if settings.wandb.mode != "disabled":
+            with self.warning():
+                self.wandb = _start_wandb(settings, folder)
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.mirror.guarded(lambda run: run.finish(exit_code=int(kind is not None)))
+        self.mirror(lambda run: run.finish(exit_code=int(kind is not None)))
         self.metrics.close()
         self.console.close()
 
@@ -36,13 +38,13 @@ class Recorder:
         if not os.path.sameopenfile(1, self.console.fileno()):
             print(line, file=self.console, flush=True)
 
-    def log(self, at: Progress, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, its mirror, and a line for people."""
-        train = self.settings.train
+        at, train = self.progress, self.settings.train
         tokens = at.step * train.batch_size * self.settings.data.sequence_length
         line = {"step": at.step, "steps": train.steps, "tokens": tokens, "seconds": at.seconds} | values
         print(json.dumps(line), file=self.metrics, flush=True)
-        self.mirror.guarded(lambda run: run.log(line, step=at.step))
+        self.mirror(lambda run: run.log(line, step=at.step))
         if "train/ce" in values:
             left = (train.steps - at.step) * at.seconds / at.step
             figures = f"loss {values['train/ce']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, {left:.0f} s to go"
@@ -50,62 +52,46 @@ class Recorder:
             figures = f"validation {values['val/ce']:.4f} nats per token"
         self.say(f"  step {at.step}/{train.steps}, {figures}")
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class Mirror:
-    """wandb. The first failure is one warning and the end of mirroring; nothing here harms a run."""
-
-    def __init__(self, settings: Settings, folder: Path, say: Callable[[str], None]):
-        self.say, self.run = say, None
-        if settings.wandb.mode == "disabled":
-            return
-        with self.warning():
-            import wandb  # takes a second, and is not needed when disabled
-
-            self.run = wandb.init(
-                id=folder.name,
-                name=folder.name,
-                dir=folder,
-                mode=settings.wandb.mode,  # type: ignore[arg-type]
-                project=settings.wandb.project,
-                entity=settings.wandb.entity,
-                group=settings.sweep,
-                tags=[tag for tag in (settings.sweep, settings.scale, settings.arm) if tag],
-                job_type=settings.arm,
-                config=asdict(settings),
-                resume="allow" if settings.wandb.mode == "online" else None,
-                reinit="finish_previous",
-                settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True
-                ),
-            )
-
-    def guarded(self, action: Callable[[Any], Any]) -> None:
+    def mirror(self, action: Callable[[Any], Any]) -> None:
         """action(wandb run), if there is one."""
-        if self.run is not None:
+        if self.wandb is not None:
             with self.warning():
-                action(self.run)
+                action(self.wandb)
 
     @contextmanager
     def warning(self) -> Iterator[None]:
+        """wandb's first failure is one warning and the end of mirroring."""
         try:
             yield
         except Exception as error:  # whatever wandb does wrong, the files are the record
-            self.run, why = None, (str(error).splitlines() or [""])[0]
+            self.wandb, why = None, (str(error).splitlines() or [""])[0]
             self.say(f"warning: wandb failed and is off for this run ({type(error).__name__}: {why})")
+
+
+def _start_wandb(settings: Settings, folder: Path) -> Any:
+    import wandb  # takes a second, and is not needed when disabled
+
+    return wandb.init(
+        **asdict(settings.wandb),
+        id=folder.name,
+        name=folder.name,
+        dir=folder,
+        group=settings.sweep,
+        tags=[tag for tag in (settings.sweep, settings.scale, settings.arm) if tag],
+        job_type=settings.arm,
+        config=asdict(settings),
+        resume="allow" if settings.wandb.mode == "online" else None,
+        reinit="finish_previous",
+        settings=wandb.Settings(silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True),
+    )
 
 
 def _cut_metrics(path: Path, step: int) -> IO[str]:
     """Open metrics.jsonl for appending, without what came after the checkpoint that the run goes on from."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step and step > 0:
+    for line in path.read_text().splitlines() if path.exists() and step > 0 else []:
+        with suppress(ValueError, KeyError):  # a line cut by a kill
+            if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # a line cut by a kill
-            continue
     path.write_text("".join(kept))
     return open(path, "a")

@@ -1,53 +1,69 @@
-"""The resolved configuration as typed values, and the id that it gives a run. Defaults live in conf/ alone."""
+"""The resolved configuration as typed values with their rules, and a run's id. Defaults live in conf/ alone."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from math import inf
+from typing import Annotated, Any
 
 from models.transformer import ModelSettings
+
+Rule = tuple[str, Callable[[Any], bool]]  # what preflight asks of a value besides its type: in words, and as a test
+
+
+def within(least: float, most: float = inf) -> Rule:
+    text = f"at least {least}" if most == inf else f"between {least} and {most}"
+    return text, lambda value: least <= value <= most
+
+
+def one_of(*known: str) -> Rule:
+    return f"one of {', '.join(known)}", lambda value: value in known
+
+
+Count = Annotated[int, within(1)]
 
 
 @dataclass
 class DataSettings:
     corpus: dict[str, Any]
-    vocab_size: int
-    sequence_length: int
+    vocab_size: Count
+    sequence_length: Count
     mask_documents: bool
     cache: str
 
 
 @dataclass
 class TrainSettings:
-    steps: int
-    batch_size: int
-    micro_batch: int | None
-    routing_group: int
-    lr: float
-    min_lr_share: float
-    warmup_steps: int
-    schedule: str
-    weight_decay: float
-    beta1: float
-    beta2: float
-    grad_clip: float
-    precision: str
+    steps: Count
+    batch_size: Count
+    micro_batch: Annotated[int | None, within(0)]  # None or 0: the whole batch
+    routing_group: Count
+    lr: Annotated[float, within(1e-12, 1e3)]
+    min_lr_share: Annotated[float, within(0, 1)]
+    warmup_steps: Annotated[int, within(0)]
+    schedule: Annotated[str, one_of("cosine", "linear")]
+    weight_decay: Annotated[float, within(0, 1e3)]
+    beta1: Annotated[float, within(0, 0.999999)]
+    beta2: Annotated[float, within(0, 0.999999)]
+    grad_clip: Annotated[float, within(0)]
+    precision: Annotated[str, one_of("auto", "bf16", "float32")]
     compile: bool
 
 
 @dataclass
 class RecordSettings:
-    log_every: int
-    evaluate_every: int
-    checkpoint_every: int
+    log_every: Count
+    evaluate_every: Count
+    checkpoint_every: Annotated[int, within(0)]
     keep_weights: bool
     keep_optimizer: bool
 
 
 @dataclass
 class WandbSettings:
-    mode: str
+    mode: Annotated[str, one_of("offline", "online", "disabled")]
     project: str
     entity: str | None
 
@@ -57,9 +73,9 @@ class Settings:
     arm: str
     scale: str
     sweep: str | None
-    seed: int
-    num_experts: int
-    device: str
+    seed: Annotated[int, within(0)]
+    num_experts: Count
+    device: Annotated[str, one_of("auto", "cpu", "cuda")]
     runs: str
     extra_packages: list[str]
     model: ModelSettings
@@ -78,9 +94,6 @@ NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "recor
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
     """The run's id: eight hexadecimal digits of all that can change the result."""
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
-    content["data"] = {
-        "fingerprint": data_fingerprint,
-        "sequence_length": settings.data.sequence_length,
-        "mask_documents": settings.data.mask_documents,
-    }
+    windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
+    content["data"] = windows | {"fingerprint": data_fingerprint}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

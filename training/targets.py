@@ -52,9 +52,8 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
         return
     for key, value in node.items():
         if key == "_target_" and value is not None and str(value).split(".")[0] not in packages:
-            raise ValueError(
-                f"{place}_target_ must be a class of {', '.join(packages)} (see extra_packages); got {value}"
-            )
+            rule = f"must be a class of {', '.join(packages)} (see extra_packages)"
+            raise ValueError(f"{place}_target_ {rule}; got {value}")
         check_targets(value, f"{place}{key}.", packages)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from sweeps.job import Job
 from sweeps.job_queue import Queue
-from training import job
 from training.checkpoint import write_atomically
+from training.job import DIVERGED, FINISHED, open_run, run
 from training.preflight import read
 from training.settings import Settings
 
@@ -26,10 +26,7 @@ PRELOAD = ("hydra", "torch._dynamo", "wandb", "wandb.sdk.launch.inputs.internal"
 
 
 class LocalQueue(Launcher):
-    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots; finished runs are skipped.
-
-    Ends with exit status 1 if a job did not finish, 130 or 143 if it was stopped by SIGINT or SIGTERM.
-    """
+    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots; finished runs are skipped."""
 
     def __init__(self, jobs_per_gpu: int, cpu_slots: int, grace_seconds: float) -> None:
         if min(jobs_per_gpu, cpu_slots) < 1:
@@ -40,30 +37,29 @@ class LocalQueue(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        configs = [self.compose(overrides) for overrides in job_overrides]
-        checked = [check(config, overrides) for config, overrides in zip(configs, job_overrides)]
-        folders = [job.open_run(settings).folder for settings in checked]
-        jobs = {}  # two overrides may compose to one run, which is then one job
-        for folder, config in zip(folders, configs):
-            jobs[folder] = Job(folder, OmegaConf.to_yaml(config), status=outcome(folder))
-        record(configs[0], list(jobs))
-        slots = self.slots(configs[0].device)
-        queue = Queue(list(jobs.values()), slots, "training.job:run", PRELOAD, self.grace_seconds)
-        if not queue.run():
-            raise SystemExit(128 + queue.signals[0] if queue.signals else 1)
-        return [
-            JobReturn(overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=0)
-            for overrides, config in zip(job_overrides, configs)
-        ]
+        checked = [self.check(overrides) for overrides in job_overrides]
+        jobs = {}  # by folder: two overrides may compose to one run, which is then one job
+        for settings in checked:
+            job = Job(open_run(settings).folder, DictConfig(asdict(settings)))
+            if result := job.result():  # a diverged run is not tried again, and never counts as finished
+                job.status = FINISHED if result["outcome"] == "finished" else DIVERGED
+            jobs[job.folder] = job
+        record(checked[0], list(jobs.values()))
+        queue = Queue(list(jobs.values()), self.slots(checked[0].device), run, PRELOAD, self.grace_seconds)
+        if status := queue.run():
+            raise SystemExit(status)
+        return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=0) for overrides in job_overrides]
 
-    def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """The config of one job, its interpolations resolved, without Hydra's node."""
+    def check(self, overrides: Sequence[str]) -> Settings:
+        """The settings that the overrides compose to. Raises ValueError that names the job and the rule."""
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         HydraConfig.instance().set_config(composed)  # for ${hydra:...}
         with open_dict(composed):
             del composed["hydra"]
-        OmegaConf.resolve(composed)
-        return composed
+        try:
+            return read(composed)
+        except ValueError as error:
+            raise ValueError(f"{' '.join(filter_overrides(overrides))}: {error}") from error
 
     def slots(self, device: str) -> list[dict[str, str]]:
         """The environment of each slot's jobs. Counting GPUs does not initialise CUDA."""
@@ -74,32 +70,14 @@ class LocalQueue(Launcher):
 
 
 class LocalSweeper(BasicSweeper):
-    """Hydra's sweeper, without composing each job only to see that it composes: the launcher does that with all."""
-
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        pass
+        """Nothing, where Hydra's composes each job to see that it composes: the launcher does that with all."""
 
 
-def outcome(folder: Path) -> int | None:
-    """The exit status of a run that has ended: a diverged one is not tried again, and never counts as finished."""
-    if not job.is_finished(folder):
-        return None
-    ended = json.loads((folder / "result.json").read_text())["outcome"]
-    return job.FINISHED if ended == "finished" else job.DIVERGED
-
-
-def check(config: DictConfig, overrides: Sequence[str]) -> Settings:
-    """The job's settings; ValueError that names the job and the rule."""
-    try:
-        return read(config)
-    except ValueError as error:
-        raise ValueError(f"{' '.join(filter_overrides(overrides))}: {error}") from error
-
-
-def record(config: DictConfig, folders: list[Path]) -> None:
+def record(settings: Settings, jobs: list[Job]) -> None:
     """Writes <runs>/sweeps/<name>.json: which runs the sweep consists of."""
-    name, runs = config.sweep or "sweep", [folder.name for folder in folders]
-    content = {"sweep": name, "scale": config.scale, "command": ["python", *sys.argv], "runs": runs}
-    path = folders[0].parent / "sweeps" / f"{name}.json"
+    name, runs = settings.sweep or "sweep", [job.folder.name for job in jobs]
+    content = {"sweep": name, "scale": settings.scale, "command": ["python", *sys.argv], "runs": runs}
+    path = jobs[0].folder.parent / "sweeps" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1))
