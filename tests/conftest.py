@@ -1,5 +1,7 @@
 """Shared by the tests: sites, tokens and models small enough for hand arithmetic, and settings like run.py's."""
 
+import dataclasses
+import functools
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from data.tokenizer import BEGIN, END
 from models.experts import Experts
 from models.transformer import ModelSettings, Transformer
 from routers.routing import Router, Routing, Site
+from routers.switch import Switch
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH, WIDTH, EXPERTS = 40, 12, 16, 4
@@ -37,7 +40,20 @@ def make_site(**changes) -> Site:
     site = {"layer": 1, "num_experts": EXPERTS, "d_model": WIDTH, "vocab_size": VOCAB, "token_counts": counts}
     site |= {"begin": BEGIN, "end": END, "routing_group": 2, "seed": 0, "sequence_length": LENGTH}
     site |= {"sparse_layers": (0, 1), "training_text": lambda: [some_batch(16, seed=9).tokens]}
-    return Site(**site | changes)
+    site = Site(**site | changes)
+    return site if "baseline" in changes else dataclasses.replace(site, baseline=some_baseline(site.num_experts))
+
+
+@functools.cache
+def some_baseline(experts: int) -> Transformer:
+    """A trained model, as it were: with an embedding, predictions, and a learned router in each layer."""
+
+    def make_router(layer):
+        options = {"capacity_factor": None, "eval_capacity_factor": None, "load_balance_coef": 0.0}
+        options |= {"z_loss_coef": 0.0, "jitter": 0.0, "gate": "hidden", "weight": "probability"}
+        return Switch(make_site(layer=layer, num_experts=experts, baseline=None), **options)
+
+    return shaken(make_transformer(make_router, experts, path="loop", sparse_layers=[0, 1])).eval()
 
 
 def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int = 0) -> Batch:
@@ -61,9 +77,7 @@ def make_transformer(make_router=None, experts: int = EXPERTS, seed: int = 0, pa
     def make_experts(count, d_ff):
         return kind(count, WIDTH, d_ff, settings.activation, **options)
 
-    return Transformer(
-        settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path, num_shared, baseline
-    )
+    return Transformer(settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path, num_shared, baseline)
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

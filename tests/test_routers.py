@@ -6,9 +6,10 @@ from conftest import EXPERTS, LENGTH, ROUTERS, VOCAB, WIDTH, check, make_site, r
 
 from data.randomness import generator, uniform
 from routers.base_layers import BalancedAssignment
+from routers.gates import balance_loss, within_capacity
 from routers.hash import Hash
 from routers.routing import Plan, Routing, joined, load_metrics, load_of, make_plan
-from routers.switch import Switch, balance_loss, within_capacity
+from routers.switch import Switch
 from routers.tables import TABLES, balance_bound, balanced_table
 
 
