@@ -63,7 +63,8 @@ def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int 
     real = torch.ones(rows, length, dtype=torch.bool)
     if padding:
         real[-1, -padding:] = False
-    return make_batch(window, document, real, mix(torch.tensor(seed), torch.arange(rows)))
+    batch = make_batch(window, document, real, mix(torch.tensor(seed), torch.arange(rows)))
+    return batch._replace(tokens=batch.tokens._replace(predicted=(batch.tokens.id * 3 + 1) % VOCAB))
 
 
 def make_transformer(make_router=None, experts: int = EXPERTS, seed: int = 0, path: str = "grouped_mm", **changes):
