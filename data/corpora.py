@@ -57,7 +57,7 @@ class TextFiles:
     """The user's files, by a glob or several, in the order of their paths: plain or .jsonl, also .gz or .xz.
 
     A plain file is one document; with the regular expression `document_start`, one begins at each line it matches.
-    A line of .jsonl is an object with one in `text_field`. Held out are files of their own, else shares drawn by a hash.
+    A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash.
     """
 
     files: str | Iterable[str]
