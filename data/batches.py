@@ -51,8 +51,7 @@ class Split:
     """Windows of S+1 tokens at stride S: every token but the first is a target once. ValueError if not one fits."""
 
     def __init__(self, prepared: Prepared, split: str, sequence_length: int):
-        self.stream = prepared.tokens[split]
-        self.length = sequence_length
+        self.stream, self.length = prepared.tokens[split], sequence_length
         self.ends = np.flatnonzero(np.asarray(self.stream) == END)
         self.full = (len(self.stream) - 1) // sequence_length  # windows without padding
         if self.full < 1:

@@ -1,6 +1,5 @@
 """Where text comes from: a corpus streams the documents of a split, and digests all that decides them."""
 
-import codecs
 import glob
 import gzip
 import hashlib
@@ -57,9 +56,8 @@ class StandardLibrary:
 class TextFiles:
     """The user's files, by a glob or several, in the order of their paths: plain or .jsonl, also .gz or .xz.
 
-    A plain file is one document; with the regular expression `document_start`, one begins at each line that it
-    matches. A line of .jsonl is an object with a document in `text_field`. Validation and test documents come from
-    their own files where those are named, else they are a share of the documents, drawn by a hash.
+    A plain file is one document; with the regular expression `document_start`, one begins at each line it matches.
+    A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash.
     """
 
     files: str | Iterable[str]
@@ -132,7 +130,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path}, line {number}: damaged, or not UTF-8: {error}") from error
 

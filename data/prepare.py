@@ -4,40 +4,38 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from data.corpora import SPLITS, StandardLibrary, TextFiles, digest_of, file_digest
 from data.tokenizer import END, cut, train_tokenizer
 
 Corpus = StandardLibrary | TextFiles
-BATCH = 1 << 21  # characters encoded at a time; the encodings of a batch take some hundred megabytes
+BATCH = 32  # pieces encoded at a time; the encodings of a batch of long ones take some hundred megabytes
 FILES = (*(f"{split}.npy" for split in SPLITS), "counts.npy", "tokenizer.json")
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A corpus on disk. `tokens` are read-only memory maps of a split's documents, each followed by END."""
 
     folder: Path
     fingerprint: str  # equal if and only if tokens and tokenizer are
     vocab_size: int
-    token_counts: Tensor  # (V,) int64, how often each id is in the training split
+    token_counts: torch.Tensor  # (V,) int64, how often each id is in the training split
     tokens: dict[str, np.ndarray]  # split -> (tokens,) uint16 or uint32
     splits: dict[str, dict]  # split -> documents, tokens, bytes (of UTF-8), unigram_entropy (nats a token)
 
 
 def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], None] = print) -> Prepared:
-    """Open the corpus's folder in `cache`; make it first if it is not there, again if it is damaged.
+    """Open the corpus's folder in `cache`, made first if it is not there or damaged; `say` hears of work only.
 
-    Processes may call this at once: one works, the others wait and open what it made. `say` hears of work only.
+    Processes may call this at once: one works, the others wait and open what it made.
     ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     try:
@@ -101,14 +99,15 @@ def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Call
     say(f"prepared the corpus in {time.monotonic() - began:.0f} s: {folder}")
 
 
-def _write_split(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> tuple[dict, np.ndarray]:
+def _write_split(path: Path, texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> tuple[dict, np.ndarray]:
     """Stream a split's tokens into a .npy file; returns its figures and token counts (V,)."""
     vocab_size = tokenizer.get_vocab_size()
     header = {"descr": "<u2" if vocab_size <= 1 << 16 else "<u4", "fortran_order": False}
     counts, size = np.zeros(vocab_size, np.int64), 0
+    pieces = (piece for text in texts if text.strip() for piece in (*cut(text), ""))  # "" encodes to nothing: END
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
-        for batch in _batches(texts):
+        while batch := list(islice(pieces, BATCH)):
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.concatenate([encoding.ids or [END] for encoding in encodings])
             file.write(ids.astype(header["descr"]).data)
@@ -119,18 +118,3 @@ def _write_split(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> tupl
     share = counts[counts > 0] / counts.sum()
     figures = {"documents": int(counts[END]), "tokens": int(counts.sum()), "bytes": size}
     return {**figures, "unigram_entropy": float(-(share * np.log(share)).sum())}, counts
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of pieces, about BATCH characters each; after the last piece of a document comes "", which becomes END."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        for piece in (*cut(text), "") if text.strip() else ():
-            batch.append(piece)
-            size += len(piece)
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch

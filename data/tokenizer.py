@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END, BEGIN = 0, 1  # after every document; before the first token where a router looks back
 SPECIAL = ["<|end|>", "<|begin|>"]
-SMALLEST = 256 + len(SPECIAL)  # every byte must have an id
 TRAIN_BYTES = 50_000_000  # merges hardly change with more text, time and memory do
 PIECE = 1 << 16  # characters
 
@@ -19,8 +18,8 @@ _SEAM = re.compile(r"(?<=\S)(?=[ \n])")
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """BPE of exactly `vocab_size` entries from the first TRAIN_BYTES of the text; ValueError if they cannot be had."""
-    if vocab_size < SMALLEST:
-        raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST}: 256 bytes and 2 special ids")
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 258: 256 bytes and 2 special ids")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,14 +49,11 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces of PIECE to 2 * PIECE characters that encode as the whole does: memory stays bounded, all cores busy.
-
-    Only a text without a space for PIECE characters is cut elsewhere: it may get a token more.
-    """
+    """Pieces of PIECE to 2 * PIECE characters that encode as the whole does: memory stays bounded, all cores busy."""
     start = 0
     while start < len(text):
         seam = _SEAM.search(text, start + PIECE, start + 2 * PIECE)
-        end = seam.start() if seam else start + 2 * PIECE
+        end = seam.start() if seam else start + 2 * PIECE  # a text without a space to cut at may get a token more
         yield text[start:end]
         start = end
 

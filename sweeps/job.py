@@ -1,8 +1,6 @@
 """One job of a sweep, and what its run folder tells about it."""
 
 import json
-import math
-import os
 import signal
 import time
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ class Job:
     slot: dict[str, str] = field(default_factory=dict)  # its environment variables
     began: float = 0.0  # seconds, time.time(); 0 if nobody has started it
     seconds: float = 0.0  # that it took
-    kill_at: float = math.inf  # time.time(); never, while nobody has asked it to stop
+    kill_at: float = 0.0  # time.time(); 0 while nobody has asked it to stop
 
     def result(self) -> dict[str, Any]:
         """What result.json says, which is written last; {} before."""
@@ -42,7 +40,7 @@ class Job:
         took, status, result = duration(self.seconds), self.status or 0, self.result()
         if status == 0:
             return f"finished in {took}" + (f": validation ce {result['val/ce']:.2f}, {rate(result)}" if result else "")
-        if status == os.EX_TEMPFAIL:  # it has saved a checkpoint upon SIGTERM
+        if status == 75:  # training.job.INTERRUPTED: it has saved a checkpoint upon SIGTERM
             return f"interrupted after {took}"
         if result.get("outcome") == "diverged":
             return f"diverged at step {result['step']} after {took}"

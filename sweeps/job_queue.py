@@ -1,6 +1,5 @@
 """A queue of jobs on one machine: a fresh process each, in which whatever happens harms no other job."""
 
-import math
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ class Queue:
     jobs: list[Job]
     slots: list[dict[str, str]]  # the environment variables that each gives its jobs, {"CUDA_VISIBLE_DEVICES": "0"}
     target: Callable[[DictConfig], int]  # gets a job's config and returns its exit status
-    preload: tuple[str, ...]  # modules that the server imports besides the target's
+    preload: tuple[str, ...]  # modules that the server imports besides the target's; it skips what it cannot import
     grace_seconds: float  # between SIGTERM and SIGKILL
 
     def __post_init__(self) -> None:
@@ -47,14 +46,11 @@ class Queue:
         finally:
             for process in self.running.values():  # only if the loop itself failed
                 send(process, signal.SIGKILL)
-        if self.summary():
-            return 0
-        return 128 + self.signals[0] if self.signals else 1
+        return self.conclude()
 
     def start_server(self) -> None:
         """Jobs fork from one that has imported everything and done nothing: they start in 0.1 s and may use CUDA."""
-        # Python 3.11 hands it no sys.path, and it skips what it cannot import.
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[1])  # Python 3.11 hands the server no sys.path
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
@@ -75,9 +71,9 @@ class Queue:
                 self.free.append(job.slot)
                 job.status, job.seconds = process.exitcode, time.time() - job.began
                 self.say(job, job.outcome())
-            elif time.time() > job.kill_at:
+            elif 0 < job.kill_at < time.time():
                 send(process, signal.SIGKILL)
-            elif self.signals and job.kill_at == math.inf and send(process, signal.SIGTERM):  # it saves, exits with 75
+            elif self.signals and not job.kill_at and send(process, signal.SIGTERM):  # it saves and exits with 75
                 job.kill_at = time.time() + self.grace_seconds
                 self.say(job, f"has {self.grace_seconds:g} s to save its state")
         if time.time() - self.said > max(15, (time.time() - self.began) / 20):  # ever more rarely
@@ -107,16 +103,17 @@ class Queue:
             overall += f", {duration((sum(rest) + typical * len(self.waiting)) / len(self.slots))} to go"
         return [overall, *(f"  {job.folder.name} {job.doing()}" for job in self.running)]
 
-    def summary(self) -> bool:
-        """The last lines: all is well (True), or what is not finished, why, and how to go on."""
+    def conclude(self) -> int:
+        """Prints that all is well, or what is not finished, why, and how to go on. Returns the exit status."""
         finished, total = sum(job.status == 0 for job in self.jobs), len(self.jobs)
         print(f"{finished} of {total} jobs are finished, after {duration(time.time() - self.began)}")
         for job in self.jobs:
             if job.status:
                 print(f"  {job.folder.name} {job.outcome()}\n    {job.folder / 'console.log'}")
-        if finished < total:
-            print("The same command again goes on from here; what is finished is not repeated.")
-        return finished == total
+        if finished == total:
+            return 0
+        print("The same command again goes on from here; what is finished is not repeated.")
+        return 128 + self.signals[0] if self.signals else 1
 
 
 def send(process: ForkServerProcess, number: int) -> bool:

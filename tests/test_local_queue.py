@@ -265,6 +265,6 @@ def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(t
 if __name__ == "__main__":
     folder, slots, *behaviours = sys.argv[1:]
     environments = [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(int(slots))]
-    from tests.test_local_queue import behave  # noqa: F811, by the name that the fork server imports
+    from tests.test_local_queue import behave  # noqa: F811, under the name by which the fork server imports it
 
     sys.exit(Queue(make_jobs(Path(folder), behaviours), environments, behave, (), 1.0).run())

@@ -1,11 +1,10 @@
 """Checkpoints: new directories, complete or absent, and found to be damaged when they are.
 
-A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, state.json and a manifest of sizes
-and digests written last. Nothing else follows training: tables are buffers, and noise and order are functions of
-(seed, step), so there is no generator to save.
+A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, state.json and a manifest of digests
+written last. Nothing else follows training: tables are buffers, and noise and order are functions of (seed, step), so
+there is no generator to save.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.corpora import file_digest
 from data.prepare import Prepared
 from models.transformer import Transformer
 from training.build import make_model, open_data
@@ -57,7 +57,7 @@ def save(checkpoints: Path, step: int, files: dict[str, dict[str, Tensor]], stat
         for name, tensors in files.items():
             save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step} | state))
-        manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        manifest = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         for path in partial.iterdir():
             sync(path)
         write_atomically(partial / MANIFEST, json.dumps(manifest))
@@ -76,10 +76,10 @@ def save(checkpoints: Path, step: int, files: dict[str, dict[str, Tensor]], stat
 
 
 def is_intact(folder: Path) -> bool:
-    """Every file of the manifest is there with its size and digest."""
+    """Every file of the manifest is there with its digest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return bool(manifest) and all(_digest(folder / name) == digest for name, digest in manifest.items())
+        return bool(manifest) and all(file_digest(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -94,11 +94,6 @@ def latest(checkpoints: Path, warn: Any = print) -> Path | None:
     if folders:
         raise ValueError(f"every checkpoint in {checkpoints} is damaged; delete the folder to start the run anew")
     return None
-
-
-def _digest(path: Path) -> list[int | str]:
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -123,13 +118,11 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
     """What stays of a finished run: everything, the weights, or nothing."""
-    if keep_optimizer or not checkpoints.exists():
-        return
-    for folder in checkpoints.iterdir():
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if keep_weights and "model.safetensors" in manifest:
-            kept = {name: entry for name, entry in manifest.items() if name != "optimizer.safetensors"}
-            write_atomically(folder / MANIFEST, json.dumps(kept))
+    for folder in [] if keep_optimizer else checkpoints.glob("*"):
+        if keep_weights:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest.pop("optimizer.safetensors", None)
+            write_atomically(folder / MANIFEST, json.dumps(manifest))
             (folder / "optimizer.safetensors").unlink(missing_ok=True)
         else:
             shutil.rmtree(folder)

@@ -38,36 +38,30 @@ def frequency_deciles(token_counts: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: Transformer, as_in_training: bool) -> Iterator[None]:
-    """Evaluation mode, without gradients; as_in_training leaves the routers in training mode."""
+    """Evaluation mode; as_in_training leaves the routers in training mode."""
     model.eval()
     for router in model.routers.values():
         router.train(as_in_training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train()
 
 
 def evaluate(
-    model: Transformer,
-    losses: Compute,
-    split: Split,
-    batch_size: int,
-    token_counts: Tensor,
-    as_in_training: bool = False,
+    model: Transformer, losses: Compute, split: Split, batch_size: int, counts: Tensor, as_in_training: bool = False
 ) -> dict[str, Tensor]:
-    """Sums over the split, in float64 and int64 on the CPU.
+    """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,); decile_ce_sum, decile_tokens (10,) by the
     target's training frequency, the most frequent first; for each sparse layer load/<layer> (E,) and
     token_expert/<layer> (V, E), how often each token id went to each expert.
     """
     device = model.embedding.device
-    deciles = frequency_deciles(token_counts).numpy()
+    deciles = frequency_deciles(counts).numpy()
     sums = {"document": np.zeros((2, len(split.ends) + 1)), "decile": np.zeros((2, 10))}
-    experts = {layer: torch.zeros(len(token_counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
-    with evaluating(model, as_in_training):
+    experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
+    with torch.no_grad(), evaluating(model, as_in_training):
         for batch in evaluation_batches(split, batch_size):
             moved = batch.apply(lambda tensor: tensor.to(device))
             ce, routings, _ = losses(moved, model.plan(moved.tokens))
@@ -83,7 +77,7 @@ def evaluate(
     for name, (ce_sum, tokens) in sums.items():
         result |= {f"{name}_ce_sum": torch.from_numpy(ce_sum), f"{name}_tokens": torch.from_numpy(tokens).long()}
     for layer, counted in experts.items():
-        result[f"token_expert/{layer}"] = counted.view(len(token_counts), model.num_experts)
+        result[f"token_expert/{layer}"] = counted.view(len(counts), model.num_experts)
         result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)
     return result | {"ce_sum": result["document_ce_sum"].sum(), "tokens": result["document_tokens"].sum()}
 

@@ -60,6 +60,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step. Raises Diverged, and Interrupted (after a checkpoint) once stop is filled."""
         options, record, progress = self.settings.train, self.settings.record, self.progress
+        periods = record.log_every, record.evaluate_every, record.checkpoint_every
         clipped = torch.tensor(progress.clipped, device=self.device)
         finite_before = torch.tensor(True, device=self.device)
         clock, clock_step = time.perf_counter(), progress.step
@@ -82,10 +83,7 @@ class Trainer:
                 finite_before = finite
 
                 last = progress.step == options.steps
-                log, evaluate, checkpoint = (
-                    last or (every > 0 and progress.step % every == 0)
-                    for every in (record.log_every, record.evaluate_every, record.checkpoint_every)
-                )
+                log, evaluate, checkpoint = (last or (n > 0 and progress.step % n == 0) for n in periods)
                 if not (log or evaluate or checkpoint or self.stop):
                     continue
                 if not finite:

@@ -71,19 +71,12 @@ class Recorder:
 def _start_wandb(settings: Settings, folder: Path) -> Any:
     import wandb  # takes a second, and is not needed when disabled
 
-    return wandb.init(
-        **asdict(settings.wandb),
-        id=folder.name,
-        name=folder.name,
-        dir=folder,
-        group=settings.sweep,
-        tags=[tag for tag in (settings.sweep, settings.scale, settings.arm) if tag],
-        job_type=settings.arm,
-        config=asdict(settings),
-        resume="allow" if settings.wandb.mode == "online" else None,
-        reinit="finish_previous",
-        settings=wandb.Settings(silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True),
-    )
+    about: dict[str, Any] = {"id": folder.name, "name": folder.name, "dir": folder, "config": asdict(settings)}
+    about |= {"group": settings.sweep, "job_type": settings.arm, **asdict(settings.wandb)}
+    about["tags"] = [tag for tag in (settings.sweep, settings.scale, settings.arm) if tag]
+    about["resume"] = "allow" if settings.wandb.mode == "online" else None
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=5, x_disable_stats=True, disable_git=True)
+    return wandb.init(**about, reinit="finish_previous", settings=quiet)
 
 
 def _cut_metrics(path: Path, step: int) -> IO[str]:

@@ -1,13 +1,12 @@
 """The resolved configuration as typed values with their rules, and a run's id. Defaults live in conf/ alone."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Annotated, Any
 
+from data import corpora
 from models.transformer import ModelSettings
 
 Rule = tuple[str, Callable[[Any], bool]]  # what preflight asks of a value besides its type: in words, and as a test
@@ -96,4 +95,4 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
     windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
     content["data"] = windows | {"fingerprint": data_fingerprint}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return corpora.digest_of(content)[:8]

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import typing
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,11 +15,10 @@ SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | 
 def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     """The class that node's _target_ names and node's other keys, typed by the class's own annotations.
 
-    skip: how many of its first parameters come from the caller.
-
+    skip: how many of its first parameters come from the caller, and cannot come from node.
     Raises ValueError for a class that does not exist and for keys or types that its constructor does not take.
     """
-    path = node["_target_"]
+    path, given = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -28,15 +26,15 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
         raise ValueError(f"_target_ {path} does not exist: {error}") from error
     if not inspect.isclass(found):
         raise ValueError(f"_target_ must name a class; {path} is none")
-    for key, parameter in list(inspect.signature(found).parameters.items())[skip:]:
-        if parameter.default is parameter.empty and key not in node:
+    parameters = dict(list(inspect.signature(found, eval_str=True).parameters.items())[skip:])
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in given:
             raise ValueError(f"{path} needs the option {key}")
-    hints = {k: v for k, v in typing.get_type_hints(found.__init__).items() if k != "return"}
-    given = {key: value for key, value in node.items() if key != "_target_"}
     for key in given:
-        if key not in hints:
-            raise ValueError(f"{path} has no option {key}; it takes {', '.join(hints) or 'none'}")
-    typed = [(key, hints[key] if hints[key] in SIMPLE else Any) for key in given]  # the class checks the rest itself
+        if key not in parameters:
+            raise ValueError(f"{path} has no option {key}; it takes {', '.join(parameters) or 'none'}")
+    kinds = [(key, parameters[key].annotation) for key in given]
+    typed = [(key, kind if kind in SIMPLE else Any) for key, kind in kinds]  # the class checks the rest itself
     schema = OmegaConf.structured(dataclasses.make_dataclass(name, typed))
     try:
         return found, {str(k): v for k, v in OmegaConf.to_container(OmegaConf.merge(schema, given)).items()}  # type: ignore
