@@ -22,6 +22,7 @@ class Tokens(NamedTuple):
     position: Tensor  # (B, S) int64, index in the window
     real: Tensor  # (B, S) bool, False on padding
     key: Tensor  # (B,) int64, from (seed, step, row of the step's batch): the source of all noise
+    predicted: Tensor | None = None  # (B, S) a frozen baseline's argmax of next, only if a router reads it
 
 
 class Batch(NamedTuple):
@@ -33,7 +34,8 @@ class Batch(NamedTuple):
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
-        return Batch(Tokens(*map(change, self.tokens)), change(self.target), change(self.document))
+        tokens = Tokens(*(None if tensor is None else change(tensor) for tensor in self.tokens))  # type: ignore[arg-type]
+        return Batch(tokens, change(self.target), change(self.document))
 
 
 def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> Batch:
@@ -92,4 +94,5 @@ class TrainingBatches:
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     """The whole split in order, in batches of batch_size windows; the last batch is filled with padding."""
     for first in range(0, len(split), batch_size):
-        yield split.windows(torch.arange(first, first + batch_size), torch.zeros(batch_size, dtype=torch.int64))
+        numbers = torch.arange(first, first + batch_size)
+        yield split.windows(numbers, mix(numbers))

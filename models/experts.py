@@ -80,6 +80,9 @@ class SegmentedExperts(Experts):
         inner = self.inner(x, w_in, None if self.w_gate is None else self.w_gate.flatten(0, 1), product)
         return product(inner if exchange is None else exchange(inner), w_out)
 
+    def dense(self, x: Tensor) -> Tensor:
+        return self(x, lambda rows, weight: torch.cat([rows @ part for part in weight[: self.segments]], -1))
+
 
 class StackedExperts(ExpertLayer):
     """BASE's experts: L residual sub-layers x + ffn(norm(x)), W_out from zero (Lewis et al., arXiv 2103.16716).

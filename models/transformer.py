@@ -6,13 +6,14 @@ B batch, S sequence, D width, F hidden width, E experts, V vocabulary, L layers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from data.batches import Tokens
+from data.batches import Batch, Tokens
 from data.randomness import generator
 from models.attention import Attention, rotary_angles
 from models.dispatch import PATHS
@@ -44,14 +45,18 @@ class ModelSettings:
     ff_factor: float = 1.0  # times d_ff
 
     def scaled(self) -> "ModelSettings":
-        """The sizes with their factors applied. Raises ValueError if one is no longer whole."""
-        factors = {"num_layers": self.depth_factor, "d_model": self.width_factor, "d_ff": self.ff_factor}
-        sizes = {name: getattr(self, name) * by for name, by in (factors | {"num_heads": self.width_factor}).items()}
-        for name, size in sizes.items():
-            if size != int(size):
-                raise ValueError(f"model.{name} times its factor must be whole; got {size}")
+        """The sizes with their factors applied, which are 1 then. Raises ValueError if a size is no longer whole."""
+        factors = {"num_layers": "depth_factor", "d_model": "width_factor", "d_ff": "ff_factor"}
+        factors["num_heads"] = "width_factor"
+        sizes = {}
+        for name, factor in factors.items():
+            size, by = getattr(self, name), getattr(self, factor)
+            scaled = size * by
+            if not (0 < by < inf) or abs(scaled - round(scaled)) > 1e-9 * scaled:  # 640 * 1.1 is whole but for rounding
+                raise ValueError(f"model.{name} times model.{factor} must be a whole number above 0; got {size} * {by}")
+            sizes[name] = round(scaled)
         ones = {"depth_factor": 1, "width_factor": 1.0, "ff_factor": 1.0}
-        return replace(self, **{name: int(size) for name, size in sizes.items()}, **ones)
+        return replace(self, **sizes, **ones)
 
     def check(self) -> None:
         for name in ("num_layers", "d_model", "d_ff", "num_heads"):
@@ -110,8 +115,9 @@ class Transformer(nn.Module):
 
     Experts are narrower by as many as a token sees, shared ones included, so that FLOPs are those of one FFN.
     seed: every first value depends on (seed, the parameter's name) alone, one expert after the other, so trunks are
-    equal across routers and a plain FFN equals expert 0. path: see models.dispatch. baseline: a trained model, no part
-    of this one, whose prediction of the next token routers may read. Raises ValueError for sizes that do not fit.
+    equal across routers and a plain FFN equals expert 0. path: see models.dispatch. mask_documents: attention stays
+    within a document, else it sees the whole window. baseline: a trained model, no part of this one, whose prediction
+    of the next token routers may read. Raises ValueError for sizes that do not fit.
     """
 
     rotation: Tensor | None
@@ -128,11 +134,12 @@ class Transformer(nn.Module):
         seed: int,
         path: str,
         num_shared: int = 0,
+        mask_documents: bool = False,
         baseline: "Transformer | None" = None,
     ):
         super().__init__()
         self.settings, self.num_experts, self.sequence_length, self.path = settings, num_experts, sequence_length, path
-        self.unregistered = (baseline,)  # in a tuple: none of its parameters are this model's
+        self.mask_documents, self.unregistered = mask_documents, (baseline,)  # in a tuple: it is no part of this model
         self.embedding = nn.Parameter(torch.empty(vocab_size, settings.d_model))
         learned = settings.positions == "learned"
         self.positions = nn.Parameter(torch.empty(sequence_length, settings.d_model)) if learned else None
@@ -185,26 +192,24 @@ class Transformer(nn.Module):
         return {layer: ffn.router for layer, ffn in self.sparse.items()}
 
     @torch.no_grad()
-    def prepare(self, tokens: Tokens, document: Tensor | None = None) -> tuple[Tokens, dict[int, Plan]]:
-        """What tokens alone decide, made with the batch on its device: the baseline's prediction, and plans.
-
-        document: as in forward.
-        """
+    def prepare(self, batch: Batch) -> tuple[Batch, dict[int, Plan]]:
+        """What tokens alone decide, made ahead on the batch's device: the baseline's prediction, and plans."""
         if any(router.uses_prediction for router in self.routers.values()):
-            baseline = self.unregistered[0]
+            baseline, device = self.unregistered[0], batch.target.device
             assert baseline is not None, "a router reads predictions, but there is no baseline"
-            predicted = baseline.to(tokens.id.device)(tokens, document=document).logits.argmax(-1)
-            tokens = tokens._replace(predicted=predicted)
-        plans = {layer: router.plan(tokens) for layer, router in self.routers.items()}
-        return tokens, {layer: plan for layer, plan in plans.items() if plan is not None}
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                predicted = baseline.to(device)(batch.tokens, document=batch.document).logits.argmax(-1)
+            batch = batch._replace(tokens=batch.tokens._replace(predicted=predicted))
+        plans = {layer: router.plan(batch.tokens) for layer, router in self.routers.items()}
+        return batch, {layer: plan for layer, plan in plans.items() if plan is not None}
 
     def forward(self, tokens: Tokens, plans: dict[int, Plan] | None = None, document: Tensor | None = None) -> Output:
-        """document (B, S): attention stays within equal numbers; None lets it see the whole window."""
+        """document (B, S): with mask_documents attention stays within equal numbers."""
         plans = plans or {}
         x = embedding(tokens.id, self.embedding)  # (B, S, D)
         if self.positions is not None:
             x = x + self.positions[: x.shape[1]]
-        mask = None if document is None else document_mask(document)
+        mask = document_mask(document) if self.mask_documents and document is not None else None
         routings: dict[int, Routing] = {}
         for layer, block in enumerate(self.blocks):
             x, routing = block(x, tokens, plans.get(layer), self.rotation, mask)
@@ -224,13 +229,13 @@ class Transformer(nn.Module):
         return {"active": active, "total": total}
 
     def train_flops_per_token(self) -> int:
-        """Matrix-product FLOPs of forward and backward, 3 times the forward's; attention over the whole window.
+        """Matrix-product FLOPs of forward and backward, 3 times what learns in the forward; attention over a whole window.
 
         The routers' products count, and a baseline's forward pass where a router reads its prediction; norms,
         activations and the softmax do not.
         """
         width, heads_and_scores = self.settings.d_model, 2 * 4 * self.settings.d_model + 2 * 2 * self.sequence_length
-        forward = len(self.blocks) * heads_and_scores * width + 2 * width * len(self.embedding)
+        forward, fixed = len(self.blocks) * heads_and_scores * width + 2 * width * len(self.embedding), 0
         for ffn in self.modules():
             if isinstance(ffn, FeedForward):
                 forward += ffn.experts.flops()
@@ -238,9 +243,10 @@ class Transformer(nn.Module):
                 router = ffn.router
                 forward += ffn.experts.flops() * router.experts_per_token // router.segments + router.forward_flops
                 forward += ffn.shared.flops() if ffn.shared is not None else 0
-        frozen = any(router.uses_prediction for router in self.routers.values())
-        baseline = self.unregistered[0] if frozen else None
-        return 3 * forward + (baseline.train_flops_per_token() // 3 if baseline is not None else 0)
+                fixed += router.fixed_flops
+        if self.unregistered[0] is not None and any(router.uses_prediction for router in self.routers.values()):
+            fixed += self.unregistered[0].train_flops_per_token() // 3
+        return 3 * forward + fixed
 
 
 def document_mask(document: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ class BalancedAssignment(Router):
     """Training: maximise sum_t h_t . w_{a(t)} with equal loads over each routing group; evaluation: argmax. Weight
     sigmoid(h_t . w_{a(t)}), so that x + weight * f(x) is the published mixture. No loss, no capacity.
 
-    Stands in the place of an FFN and reads its normed input, a deviation from the paper's inserted layer on the raw
-    residual stream. report: assignment_gap, the certified distance to the optimum. Raises FloatingPointError if a score
+    In the place of an FFN it reads that one's normed input, a deviation from the paper; as published, on the raw
+    residual stream, with model.placement=insert and experts=stack. report: assignment_gap, the certified distance to the optimum. Raises FloatingPointError if a score
     in training is not finite.
     """
 
     trains_differently = True
+    leaks = frozenset({"future in training", "mates in training"})
 
     def __init__(self, site: Site):
         super().__init__(site)

@@ -41,7 +41,8 @@ def clustered_balanced_table(keys: Keys) -> Tensor:
 def dispersed_table(keys: Keys) -> Tensor:
     """Within a cluster, in falling frequency, each token goes to the expert with fewest of it, then the least load."""
     cluster, load = clusters(keys)[0], torch.zeros(keys.site.num_experts, dtype=torch.int64)
-    members, table = torch.zeros(keys.site.num_experts, keys.site.num_experts).long(), torch.zeros(len(cluster), 1).long()
+    members = torch.zeros(keys.site.num_experts, keys.site.num_experts, dtype=torch.int64)  # of cluster and expert
+    table = torch.zeros(len(cluster), 1, dtype=torch.int64)
     for key in keys.counts.argsort(descending=True, stable=True).tolist():
         fewest = members[cluster[key]] == members[cluster[key]].min()
         expert = int(torch.where(fewest, load, torch.iinfo(torch.int64).max).argmin())

@@ -32,7 +32,10 @@ class Feature(nn.Module):
         """(size,) int64, how often each key stands in the training split; all 1 while options are checked."""
         if self.site.training_text is None:
             return torch.ones(self.size, dtype=torch.int64)
-        return sum(count(self(t).reshape(-1), self.size, t.real.reshape(-1).long()) for t in self.site.training_text())  # type: ignore
+        total = torch.zeros(self.size, dtype=torch.int64)
+        for tokens in self.site.training_text():
+            total += count(self(tokens).reshape(-1), self.size, tokens.real.reshape(-1).long())
+        return total
 
 
 class Token(Feature):
@@ -105,7 +108,7 @@ class Bigram(Feature):
 
 
 class BigramMod(Bigram):
-    """(x_t mod B + prime * (x_{t-1} mod B)) mod B, by the author's recollection: tokens of one residue stay together."""
+    """(x_t mod B + prime * (x_{t-1} mod B)) mod B, the author's recollection: tokens of one residue stay together."""
 
     def forward(self, tokens: Tokens) -> Tensor:
         return (tokens.id % self.buckets + BIGRAM_PRIME * (tokens.previous % self.buckets)) % self.buckets

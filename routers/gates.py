@@ -26,6 +26,11 @@ def gate_scores(hidden: Tensor, gate: Tensor) -> Tensor:
         return hidden @ gate.to(hidden.dtype).T
 
 
+def top(scores: Tensor, k: int) -> Tensor:
+    """(..., k) int64, the k highest of scores (..., E) in falling order; of equal ones the lowest expert id first."""
+    return torch.sort(scores.detach(), dim=-1, descending=True, stable=True).indices[..., :k]
+
+
 def jittered(hidden: Tensor, tokens: Tokens, layer: int, eps: float) -> Tensor:
     """hidden times U(1 - eps, 1 + eps), drawn from (key, layer, position, column)."""
     column = torch.arange(hidden.shape[-1], device=hidden.device)

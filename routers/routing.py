@@ -71,9 +71,11 @@ class Router(nn.Module):
 
     experts_per_token: int = 1  # assignments of a token; the experts' width is divided by it
     segments: int = 1  # into how many segments it wants each expert cut (experts=segmented)
-    forward_flops: int = 0  # the router's matrix-product FLOPs per token in a forward pass
+    forward_flops: int = 0  # matrix-product FLOPs per token in a forward pass, of what learns
+    fixed_flops: int = 0  # the same, of what does not learn and has no backward pass
     trains_differently: bool = False  # routes otherwise in training than in evaluation: both are evaluated
     uses_prediction: bool = False  # reads tokens.predicted, the baseline's argmax of the next token
+    even_loads: bool = False  # in training the loads of a routing group differ by at most one
     leaks: frozenset[str] = frozenset()  # what routing sees beyond a token's past, from LEAKS
 
     def __init__(self, site: Site):

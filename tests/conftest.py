@@ -14,6 +14,7 @@ from omegaconf import DictConfig, open_dict
 from data.batches import Batch, make_batch
 from data.randomness import generator, mix
 from data.tokenizer import BEGIN, END
+from models import experts
 from models.experts import Experts
 from models.transformer import ModelSettings, Transformer
 from routers.routing import Router, Routing, Site
@@ -45,15 +46,15 @@ def make_site(**changes) -> Site:
 
 
 @functools.cache
-def some_baseline(experts: int) -> Transformer:
+def some_baseline(num_experts: int) -> Transformer:
     """A trained model, as it were: with an embedding, predictions, and a learned router in each layer."""
 
     def make_router(layer):
         options = {"capacity_factor": None, "eval_capacity_factor": None, "load_balance_coef": 0.0}
         options |= {"z_loss_coef": 0.0, "jitter": 0.0, "gate": "hidden", "weight": "probability"}
-        return Switch(make_site(layer=layer, num_experts=experts, baseline=None), **options)
+        return Switch(make_site(layer=layer, num_experts=num_experts, baseline=None), **options)
 
-    return shaken(make_transformer(make_router, experts, path="loop", sparse_layers=[0, 1])).eval()
+    return shaken(make_transformer(make_router, num_experts, path="loop", sparse_layers=[0, 1])).eval()
 
 
 def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int = 0) -> Batch:
@@ -67,18 +68,34 @@ def some_batch(rows: int = 4, length: int = LENGTH, seed: int = 0, padding: int 
     return batch._replace(tokens=batch.tokens._replace(predicted=(batch.tokens.id * 3 + 1) % VOCAB))
 
 
-def make_transformer(make_router=None, experts: int = EXPERTS, seed: int = 0, path: str = "grouped_mm", **changes):
+def make_transformer(make_router=None, num_experts: int = EXPERTS, seed: int = 0, path: str = "grouped_mm", **changes):
     settings = {"num_layers": 2, "d_model": WIDTH, "d_ff": 32, "num_heads": 2, "norm": "layernorm", "dispatch": "auto"}
     settings |= {"positions": "rotary", "activation": "relu", "sparse_layers": [1], "placement": "replace"}
     kind, options = changes.pop("kind", Experts), changes.pop("options", {})
-    num_shared, baseline = changes.pop("num_shared", 0), changes.pop("baseline", None)
+    more = {key: changes.pop(key) for key in ("num_shared", "mask_documents", "baseline") if key in changes}
     settings = ModelSettings(**settings | changes)
     settings.check()
 
     def make_experts(count, d_ff):
         return kind(count, WIDTH, d_ff, settings.activation, **options)
 
-    return Transformer(settings, VOCAB, LENGTH, experts, make_router, make_experts, seed, path, num_shared, baseline)
+    return Transformer(settings, VOCAB, LENGTH, num_experts, make_router, make_experts, seed, path, **more)
+
+
+def model_of(name: str | None, site: dict | None = None, **changes) -> Transformer:
+    """The small model around the router that conf/router/<name>.yaml describes, its experts and its placement."""
+    if name is None:
+        return make_transformer(**changes)
+    config = compose_config(f"router={name}")
+    options = {str(k): v for k, v in config.experts.items() if k not in ("_target_", "num_shared")}
+    kind = getattr(experts, config.experts["_target_"].rpartition(".")[2])
+    parts = {"kind": kind, "options": options, "num_shared": config.experts.num_shared}
+    parts |= {"placement": config.model.placement, "baseline": some_baseline(changes.get("num_experts", EXPERTS))}
+    routed = config.router["_target_"] is not None
+    layers = tuple(changes.get("sparse_layers", [1]))
+    site = {"sparse_layers": layers, "num_experts": changes.get("num_experts", EXPERTS)} | (site or {})
+    make_router = (lambda layer: router_of(name, make_site(layer=layer, **site))) if routed else None
+    return make_transformer(make_router, **parts | changes)
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

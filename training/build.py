@@ -3,16 +3,17 @@
 import functools
 import json
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data.batches import Batch
+from data.batches import Batch, Split, Tokens, evaluation_batches
 from data.prepare import Prepared, prepare
 from data.tokenizer import BEGIN, END
 from models.dispatch import choose_path
-from models.experts import Experts
+from models.experts import ExpertLayer
 from models.transformer import Transformer
 from routers.routing import Plan, Router, Site
 from training.evaluation import Compute, Losses, token_losses
@@ -20,30 +21,68 @@ from training.settings import Settings
 from training.targets import target
 
 
-def make_router(settings: Settings, layer: int, token_counts: Tensor) -> Router:
-    """The router of one layer. token_counts (V,) int64. Raises ValueError as the router does."""
-    router, options = target(settings.router, skip=1)
+def make_router(
+    settings: Settings,
+    layer: int,
+    token_counts: Tensor,
+    training_text: Callable[[], Iterable[Tokens]] | None = None,
+    baseline: nn.Module | None = None,
+) -> Router:
+    """The router of one layer. token_counts (V,) int64. Raises ValueError as the router does.
+
+    training_text: None only to check options; baseline: see Site.
+    """
+    router, options = target({key: value for key, value in settings.router.items() if key != "baseline"}, skip=1)
     if not issubclass(router, Router):
         path = settings.router["_target_"]
         raise ValueError(f"router._target_ must be a class of routers.routing.Router; got {path}")
-    sizes = settings.num_experts, settings.model.d_model, len(token_counts)
-    site = Site(layer, *sizes, token_counts, BEGIN, END, settings.train.routing_group, settings.seed)
+    site = Site(
+        layer=layer,
+        num_experts=settings.num_experts,
+        d_model=settings.model.scaled().d_model,
+        vocab_size=len(token_counts),
+        token_counts=token_counts,
+        begin=BEGIN,
+        end=END,
+        routing_group=settings.train.routing_group,
+        seed=settings.seed,
+        sequence_length=settings.data.sequence_length,
+        sparse_layers=tuple(sorted(settings.model.sparse_layers)),
+        training_text=training_text,
+        baseline=baseline,
+    )
     return router(site, **options)
 
 
-def make_model(settings: Settings, prepared: Prepared, device: torch.device) -> Transformer:
-    """The model with its first values, on the CPU, for training on this device. Raises ValueError as its parts do."""
-    experts, options = target(settings.experts, skip=4)
-    model, routed = settings.model, settings.router["_target_"] is not None
+def make_model(
+    settings: Settings, prepared: Prepared, device: torch.device, baseline: Transformer | None = None
+) -> Transformer:
+    """The model with its first values, on the CPU, for training on this device. Raises ValueError as its parts do.
 
-    def make_experts(count: int) -> Experts:
-        return experts(count, model.d_model, model.d_ff, model.activation, **options)
+    baseline: the trained model that settings.router["baseline"] names.
+    """
+    options = {key: value for key, value in settings.experts.items() if key != "num_shared"}
+    experts, options = target(options, skip=4)
+    model, routed = settings.model.scaled(), settings.router["_target_"] is not None
+    length, counts = settings.data.sequence_length, prepared.token_counts
 
-    routers = functools.partial(make_router, settings, token_counts=prepared.token_counts) if routed else None
-    sizes = prepared.vocab_size, settings.data.sequence_length, settings.num_experts
+    def make_experts(count: int, d_ff: int) -> ExpertLayer:
+        return experts(count, model.d_model, d_ff, model.activation, **options)
+
+    def training_text() -> Iterable[Tokens]:
+        return (batch.tokens for batch in evaluation_batches(Split(prepared, "train", length), 64))
+
+    def router(layer: int) -> Router:
+        return make_router(settings, layer, counts, training_text, baseline)
+
+    sizes = prepared.vocab_size, length, settings.num_experts
     dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32
     path = choose_path(model.dispatch, device, dtype)
-    return Transformer(model, *sizes, routers, make_experts, settings.seed, path)
+    shared, masked = settings.experts["num_shared"], settings.data.mask_documents
+    first_values = settings.seed
+    return Transformer(
+        model, *sizes, router if routed else None, make_experts, first_values, path, shared, masked, baseline
+    )
 
 
 def precision(settings: Settings, device: torch.device) -> str:
@@ -63,11 +102,11 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
     # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     compute = torch.compile(token_losses) if settings.train.compile else token_losses
-    lower, mask_documents = precision(settings, device) == "bf16", settings.data.mask_documents
+    lower = precision(settings, device) == "bf16"
 
     def losses(batch: Batch, plans: dict[int, Plan]) -> Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=lower):
-            return compute(model, batch, plans, mask_documents)
+            return compute(model, batch, plans)
 
     return losses
 

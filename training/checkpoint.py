@@ -136,6 +136,26 @@ class LoadedRun(NamedTuple):
     result: dict[str, Any]  # {} if the run is not finished
 
 
+def require_same_data(folder: Path, prepared: Prepared) -> None:
+    """Raises ValueError if the run was trained on other tokens, and so with another dictionary."""
+    trained_on = json.loads((folder / "provenance.json").read_text())["data"]["fingerprint"]
+    if trained_on != prepared.fingerprint:
+        rule = "another corpus or dictionary than this one"
+        raise ValueError(f"{folder} was trained on data {trained_on[:12]}, {rule}, {prepared.fingerprint[:12]}")
+
+
+def load_baseline(settings: Settings) -> Transformer | None:
+    """The trained model that router.baseline names, frozen; None if there is none. Raises ValueError as load_run does,
+    and if its sequences are shorter."""
+    if not settings.router.get("baseline"):
+        return None
+    baseline = load_run(settings.router["baseline"]).model.requires_grad_(False)
+    if baseline.sequence_length < settings.data.sequence_length:
+        rule = f"must see sequences of data.sequence_length = {settings.data.sequence_length}"
+        raise ValueError(f"router.baseline {rule}; {settings.router['baseline']} sees {baseline.sequence_length}")
+    return baseline
+
+
 def load_run(folder: str | Path) -> LoadedRun:
     """A run from its folder. Raises ValueError if it is none, has kept no weights, or its data is another now."""
     folder = Path(folder)
@@ -146,10 +166,8 @@ def load_run(folder: str | Path) -> LoadedRun:
     if last is None:
         raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
     prepared = open_data(settings)
-    trained_on = json.loads((folder / "provenance.json").read_text())["data"]["fingerprint"]
-    if prepared.fingerprint != trained_on:
-        raise ValueError(f"{folder} was trained on data {trained_on}; the corpus now gives {prepared.fingerprint}")
-    model = make_model(settings, prepared, torch.device("cpu"))
+    require_same_data(folder, prepared)
+    model = make_model(settings, prepared, torch.device("cpu"), load_baseline(settings))
     model.load_state_dict(load_file(last / "model.safetensors"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = folder / "result.json"

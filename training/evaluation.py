@@ -19,9 +19,9 @@ Losses = tuple[Tensor, dict[int, Routing], Tensor]
 Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (batch, plans) -> Losses
 
 
-def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan], mask_documents: bool) -> Losses:
+def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan]) -> Losses:
     """Cross-entropy (B, S) in nats, 0 on padding; the routings; the summed auxiliary loss."""
-    output = model(batch.tokens, plans, batch.document if mask_documents else None)
+    output = model(batch.tokens, plans, batch.document)
     ce = cross_entropy(at_least_float32(output.logits).flatten(0, 1), batch.target.flatten(), reduction="none")
     return ce.view(batch.target.shape) * batch.tokens.real, output.routings, output.aux_loss
 
@@ -63,8 +63,8 @@ def evaluate(
     experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
     with torch.no_grad(), evaluating(model, as_in_training):
         for batch in evaluation_batches(split, batch_size):
-            moved = batch.apply(lambda tensor: tensor.to(device))
-            ce, routings, _ = losses(moved, model.plan(moved.tokens))
+            moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
+            ce, routings, _ = losses(moved, plans)
             real = batch.tokens.real.numpy()
             values = ce.double().cpu().numpy()[real]
             for name, place in (("document", batch.document.numpy()), ("decile", deciles[batch.target.numpy()])):

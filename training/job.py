@@ -46,6 +46,8 @@ class Run(NamedTuple):
 def open_run(settings: Settings) -> Run:
     """Prepare the data if need be and name the folder. Raises ValueError for unusable data."""
     prepared = open_data(settings)
+    if settings.router.get("baseline"):
+        checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
     splits = {name: Split(prepared, name, settings.data.sequence_length) for name in prepared.tokens}
     name = f"{settings.arm}-s{settings.seed}-{digest_of(settings, prepared.fingerprint)}"
     return Run(settings, prepared, splits, Path(settings.runs).expanduser().absolute() / name)
@@ -77,7 +79,7 @@ def run(config: DictConfig) -> int:
 def _train(opened: Run) -> int:
     settings, prepared, folder = opened.settings, opened.prepared, opened.folder
     train, began, device = settings.train, time.perf_counter(), choose_device(settings)
-    model = make_model(settings, prepared, device).to(device)
+    model = make_model(settings, prepared, device, checkpoint.load_baseline(settings)).to(device)
     optimizer, losses = make_optimizer(model, train), make_losses(settings, model, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     require_space(folder, 7 * weights)  # for two checkpoints, each three times as large
@@ -136,8 +138,8 @@ def _train(opened: Run) -> int:
             "data_fingerprint": prepared.fingerprint,
         }
         recorder.mirror(lambda run: run.summary.update(result))
-        checkpoint.prune(checkpoints, settings.record.keep_weights, settings.record.keep_optimizer)
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        checkpoint.prune(checkpoints, settings.record.keep_weights, settings.record.keep_optimizer)
         if result["outcome"] == "diverged":
             return DIVERGED
         recorder.say(

@@ -111,7 +111,7 @@ class Trainer:
         parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]
         if self.device.type == "cuda":
             parts = [part.apply(lambda t: t.pin_memory().to(self.device, non_blocking=True)) for part in parts]
-        return [(part, self.model.plan(part.tokens)) for part in parts]
+        return [self.model.prepare(part) for part in parts]
 
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:
         """Gradients of the step's mean loss. Returns its cross-entropy () and routings over the whole batch, and which

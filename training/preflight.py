@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before any work is done."""
 
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -8,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.build import make_router
+from training.folder import is_finished
 from training.settings import Settings
 from training.targets import PACKAGES, check_targets, one_line, target
 
@@ -28,12 +30,28 @@ def read(config: DictConfig) -> Settings:
         raise ValueError(f"{rule}; got {train.batch_size}, {micro} and {train.routing_group}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU")
-    settings.model.check()
+    settings.model.scaled().check()
     target(settings.data.corpus)
-    target(settings.experts, skip=4)
+    target({key: value for key, value in settings.experts.items() if key != "num_shared"}, skip=4)
+    shared = settings.experts.get("num_shared")
+    if not isinstance(shared, int) or shared < 0:
+        raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
     if settings.router.get("_target_") is not None:
-        make_router(settings, 0, torch.ones(settings.data.vocab_size, dtype=torch.int64))
+        _check_router(settings)
     return settings
+
+
+def _check_router(settings: Settings) -> None:
+    """Every layer's router takes its options; the baseline, if there is one, is a finished run with weights."""
+    folder, stand_in = settings.router.get("baseline"), None
+    if folder is not None:
+        if not (is_finished(Path(folder)) and any(Path(folder).glob("checkpoints/*/model.safetensors"))):
+            rule = "must be the folder of a finished run that kept its weights (record.keep_weights=true)"
+            raise ValueError(f"router.baseline {rule}; got {folder}")
+        settings.router["baseline"], stand_in = str(Path(folder).absolute()), torch.nn.Identity()
+    counts = torch.ones(settings.data.vocab_size, dtype=torch.int64)
+    for layer in settings.model.sparse_layers:
+        make_router(settings, layer, counts, baseline=stand_in)
 
 
 def _check_rules(group: Any, place: str) -> None:

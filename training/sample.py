@@ -21,8 +21,8 @@ def next_token_scores(run: LoadedRun, ids: list[int]) -> torch.Tensor:
     real[0] = True
     batch = make_batch(window, document, real, torch.zeros(group, dtype=torch.int64))
     with torch.no_grad():
-        mask = batch.document if run.settings.data.mask_documents else None
-        return run.model(batch.tokens, document=mask).logits[0, -1].float()
+        batch, plans = run.model.prepare(batch)
+        return run.model(batch.tokens, plans, batch.document).logits[0, -1].float()
 
 
 def sample(run: LoadedRun, prompt: str, length: int, temperature: float, seed: int) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any
 
 from data import corpora
@@ -93,6 +94,8 @@ NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "recor
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
     """The run's id: eight hexadecimal digits of all that can change the result."""
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
+    if content["router"].get("baseline"):
+        content["router"]["baseline"] = Path(content["router"]["baseline"]).name  # which run, wherever it lies
     windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
     content["data"] = windows | {"fingerprint": data_fingerprint}
     return corpora.digest_of(content)[:8]
