@@ -13,7 +13,7 @@ def make_optimizer(model: Transformer, train: TrainSettings) -> torch.optim.Adam
     """Fused AdamW. Matrices decay; embeddings, norms and whatever belongs to a router do not."""
     decayed, free = [], []
     for name, p in model.named_parameters():
-        kept = p.dim() == 1 or ".router." in name or name in ("embedding", "positions")
+        kept = p.dim() == 1 or ".router." in name or name.endswith(".gain") or name in ("embedding", "positions")
         (free if kept else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
