@@ -36,6 +36,12 @@ def test_top_ks_weights_by_hand():
     assert routed(top_k(site, **sigmoid, renormalise=False), odds, batch).weight.tolist() == pytest.approx([0.8, 0.6])
 
 
+def test_top_k_tells_scores_apart_whose_sigmoids_are_equal():
+    site, batch = one_row(1)
+    scores = torch.tensor([30.0, 20.0, 40.0, 50.0]).view(1, 1, 4)  # all 1 in float32
+    assert routed(top_k(site, score="sigmoid"), scores, batch).expert.tolist() == [3, 2]
+
+
 def test_top_ks_loss_by_hand_over_all_choices():
     # experts 0, 1 and 2, 1: f = 1/4, 2/4, 1/4; P = 0.3, 0.3, 0.4
     site, batch = one_row(2, num_experts=3)
