@@ -18,6 +18,7 @@ class BalancedAssignment(Router):
     """
 
     trains_differently = True
+    even_loads = True
     leaks = frozenset({"future in training", "mates in training"})
 
     def __init__(self, site: Site):

@@ -98,13 +98,15 @@ class Bigram(Feature):
     """A seeded mix of (x_{t-1}, x_t) modulo the number of buckets (Hash Layers, section 3.1)."""
 
     is_token = False
+    salt: Tensor
 
     def __init__(self, site: Site, buckets: int):
         super().__init__(site, buckets)
+        self.register_buffer("salt", torch.tensor(site.seed))  # the keys go on with a checkpoint, as the table does
         self.size = buckets
 
     def forward(self, tokens: Tokens) -> Tensor:
-        return mix(tokens.previous, tokens.id, self.site.seed) % self.buckets
+        return mix(tokens.previous, tokens.id, self.salt) % self.buckets
 
 
 class BigramMod(Bigram):
@@ -122,9 +124,11 @@ class Split(Feature):
 
     is_token = False
     heavy: Tensor
+    salt: Tensor
 
     def __init__(self, site: Site, buckets: int):
         super().__init__(site, buckets)
+        self.register_buffer("salt", torch.tensor(site.seed))
         heavy = site.token_counts * 2 * site.num_experts > site.token_counts.sum()
         # (V,) where a heavy token's buckets begin, -1 for the others
         starts = torch.where(heavy, site.vocab_size + buckets * (heavy.cumsum(0) - 1), -1)
@@ -133,7 +137,7 @@ class Split(Feature):
 
     def forward(self, tokens: Tokens) -> Tensor:
         start = self.heavy.index_select(0, tokens.id.reshape(-1)).view(tokens.id.shape)
-        return torch.where(start < 0, tokens.id, start + mix(tokens.previous, self.site.seed) % self.buckets)
+        return torch.where(start < 0, tokens.id, start + mix(tokens.previous, self.salt) % self.buckets)
 
 
 FEATURES: dict[str, type[Feature]] = {

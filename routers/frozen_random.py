@@ -17,7 +17,7 @@ class FrozenRandom(Router):
 
     def __init__(self, site: Site):
         super().__init__(site)
-        self.forward_flops = 2 * site.d_model * site.num_experts
+        self.fixed_flops = 2 * site.d_model * site.num_experts
         self.register_buffer("gate", gate_parameter(site).detach())
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:

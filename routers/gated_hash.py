@@ -12,7 +12,7 @@ from routers.hash import Lookup
 from routers.routing import Routing, Site, some_each
 
 GATES = {
-    "sqrt_softplus": lambda scores: softplus(scores).sqrt(),
+    "sqrt_softplus": lambda scores: softplus(scores).clamp(min=1e-20).sqrt(),  # the root has no gradient at 0
     "sigmoid": lambda scores: scores.sigmoid(),
     "softmax": lambda scores: scores.softmax(-1),  # Switch's probability, of an expert that the table picks
 }

@@ -92,7 +92,8 @@ def model_of(name: str | None, site: dict | None = None, **changes) -> Transform
     parts = {"kind": kind, "options": options, "num_shared": config.experts.num_shared}
     parts |= {"placement": config.model.placement, "baseline": some_baseline(changes.get("num_experts", EXPERTS))}
     routed = config.router["_target_"] is not None
-    layers = tuple(changes.get("sparse_layers", [1]))
+    changes.setdefault("sparse_layers", [1] if len(config.model.sparse_layers) == 1 else [0, 1])
+    layers = tuple(changes["sparse_layers"])
     site = {"sparse_layers": layers, "num_experts": changes.get("num_experts", EXPERTS)} | (site or {})
     make_router = (lambda layer: router_of(name, make_site(layer=layer, **site))) if routed else None
     return make_transformer(make_router, **parts | changes)

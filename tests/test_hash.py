@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import EXPERTS, LENGTH, VOCAB, make_site, make_transformer, shaken, some_baseline, some_batch
+from conftest import EXPERTS, LENGTH, VOCAB, make_site, make_transformer, model_of, shaken, some_baseline, some_batch
 from safetensors.torch import save_file
 
 from data.batches import make_batch
@@ -12,6 +12,7 @@ from routers.cluster_tables import clusters
 from routers.features import BIGRAM_PRIME, FEATURES
 from routers.gated_hash import GatedHash
 from routers.hash import TABLES, Hash
+from routers.routing import load_of
 from routers.tables import Keys, balance_bound, balanced_table, distilled_table, modulo_table, random_table
 
 HIDDEN = torch.zeros(4, LENGTH, 16)
@@ -330,3 +331,18 @@ def test_the_predicted_token_is_the_baselines_argmax_and_its_compute_counts():
     plain = make_transformer(lambda layer: make_hash(layer=layer))
     assert model.train_flops_per_token() == plain.train_flops_per_token() + forward
     assert model.state_dict().keys() == plain.state_dict().keys()  # the baseline is no part of the model
+
+
+def test_first_k_is_one_router_below_and_the_other_above():
+    batch, hidden = some_batch(), torch.randn(4, LENGTH, 16, generator=generator("hidden"))
+    model = model_of("first_k_hash", sparse_layers=[0, 1])
+    below, above = (model.routers[layer] for layer in (0, 1))
+    gated = GatedHash(make_site(layer=0), **GATED | {"k": 1})
+    assert torch.equal(below(hidden, batch.tokens).weight, gated(hidden, batch.tokens).weight)
+    assert below.plan(batch.tokens) is not None
+    assert above.plan(batch.tokens) is None
+    before = above(hidden, batch.tokens)
+    above.after_step(load_of(before, EXPERTS), 0.5)
+    assert any(not torch.equal(value, torch.zeros_like(value)) for value in above.buffers())
+    with pytest.raises(ValueError, match="router.k must be at least 1 and below the 1 of model.sparse_layers; got 1"):
+        model_of("first_k_hash", sparse_layers=[1])

@@ -252,7 +252,7 @@ def test_a_token_gate_looks_at_the_token_alone():
 
 
 def test_the_z_loss_is_the_mean_of_logsumexp_squared_over_real_tokens():
-    router, batch = make_switch(load_balance_coef=0.0, z_loss_coef=0.5), some_batch(padding=4)
+    router, batch = make_switch(load_balance_coef=0.0, z_loss_coef=0.5).requires_grad_(False), some_batch(padding=4)
     hidden = torch.zeros(4, LENGTH, WIDTH)  # every score 0: logsumexp = log 4
     assert float(router(hidden, batch.tokens).aux_loss) == pytest.approx(0.5 * math.log(4) ** 2)
     hidden[-1, -4:] = 100.0  # padding

@@ -54,6 +54,21 @@ def make_router(
     return router(site, **options)
 
 
+def router_maker(
+    settings: Settings, prepared: Prepared, baseline: Transformer | None = None
+) -> Callable[[int], Router]:
+    """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
+
+    def training_text() -> Iterable[Tokens]:
+        split = Split(prepared, "train", settings.data.sequence_length)
+        return (batch.tokens for batch in evaluation_batches(split, 64))
+
+    def router(layer: int) -> Router:
+        return make_router(settings, layer, prepared.token_counts, training_text, baseline)
+
+    return router
+
+
 def make_model(
     settings: Settings, prepared: Prepared, device: torch.device, baseline: Transformer | None = None
 ) -> Transformer:
@@ -64,16 +79,10 @@ def make_model(
     options = {key: value for key, value in settings.experts.items() if key != "num_shared"}
     experts, options = target(options, skip=4)
     model, routed = settings.model.scaled(), settings.router["_target_"] is not None
-    length, counts = settings.data.sequence_length, prepared.token_counts
+    length, router = settings.data.sequence_length, router_maker(settings, prepared, baseline)
 
     def make_experts(count: int, d_ff: int) -> ExpertLayer:
         return experts(count, model.d_model, d_ff, model.activation, **options)
-
-    def training_text() -> Iterable[Tokens]:
-        return (batch.tokens for batch in evaluation_batches(Split(prepared, "train", length), 64))
-
-    def router(layer: int) -> Router:
-        return make_router(settings, layer, counts, training_text, baseline)
 
     sizes = prepared.vocab_size, length, settings.num_experts
     dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32

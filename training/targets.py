@@ -1,6 +1,7 @@
 """Classes named by _target_: which are allowed, and their options typed by their own annotations."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from typing import Any
@@ -15,7 +16,8 @@ SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | 
 def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     """The class that node's _target_ names and node's other keys, typed by the class's own annotations.
 
-    skip: how many of its first parameters come from the caller, and cannot come from node.
+    skip: how many of its first parameters come from the caller, and cannot come from node. A key that is a node with a
+    _target_ of its own becomes that class with its options given, as a function of the same first parameters.
     Raises ValueError for a class that does not exist and for keys or types that its constructor does not take.
     """
     path, given = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
@@ -37,9 +39,15 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     typed = [(key, kind if kind in SIMPLE else Any) for key, kind in kinds]  # the class checks the rest itself
     schema = OmegaConf.structured(dataclasses.make_dataclass(name, typed))
     try:
-        return found, {str(k): v for k, v in OmegaConf.to_container(OmegaConf.merge(schema, given)).items()}  # type: ignore
+        options = OmegaConf.to_container(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
+    assert isinstance(options, dict)
+    for key, value in options.items():
+        if isinstance(value, dict) and "_target_" in value:
+            inner, inner_options = target(value, skip)
+            options[key] = functools.partial(inner, **inner_options)
+    return found, {str(key): value for key, value in options.items()}
 
 
 def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
