@@ -1,0 +1,154 @@
+"""The router certificate: python -m routers.certify router=NAME [overrides] [--quick] checks a router, prints a card.
+
+Exit status 0 if every check passes or confirms a declared leak, 1 if one fails, 2 for bad input. Overrides are those of
+run.py, a user's own too (extra_packages, hydra.searchpath); sizes are the certificate's own, and a router that needs a
+trained baseline gets a stand-in. --quick leaves out the leak alarm, which trains for some seconds.
+"""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from routers.certificate import arithmetic, scores, sight, state, tokens
+from routers.certificate.alarm import leak_alarm
+from routers.certificate.findings import CONFIRMED, EXACT, FAILED, MODES, Check, Finding
+from routers.certificate.trial import Case
+from routers.routing import Router, Site
+from training.targets import PACKAGES, check_targets, one_line, target
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LEAK_CHECKS: dict[str, Check] = {
+    f"{label} in {mode}": partial(sight.leak, what=what, mode=mode)
+    for what, label in (("future", "blind to the future"), ("mates", "blind to batch mates"))
+    for mode in MODES
+}
+CHECKS: dict[str, Check] = LEAK_CHECKS | {
+    "evaluation is pure": state.evaluation_is_pure,
+    "training and evaluation alike": tokens.routes_alike,
+    "forward keeps state": state.training_keeps_state,
+    "state of training counts": state.state_matters,
+    "survives a checkpoint": state.survives_checkpoint,
+    "every token accounted for": tokens.accounts_for_every_token,
+    "loads": tokens.loads,
+    "equal to a loop, float64": partial(arithmetic.equals_the_loop, dtype=torch.float64, path="loop", tolerance=EXACT),
+    "working path, float32": partial(
+        arithmetic.equals_the_loop, dtype=torch.float32, path="grouped_mm", tolerance=2e-5
+    ),
+    "working path, bf16 on a GPU": arithmetic.equals_the_loop_on_a_gpu,
+    "one expert is a plain FFN": arithmetic.one_expert_is_dense,
+    "the same at any accumulation": arithmetic.same_at_any_accumulation,
+    "learns where it should": scores.learns_where_it_should,
+    "gradients stay finite": scores.gradients_stay_finite,
+    "ties to the lowest expert": scores.ties_are_stable,
+    "scores in float32": scores.scores_are_wide,
+}
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The resolved config that run.py would get from these words. Raises as Hydra and OmegaConf do."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    for path in (str(ROOT / "sweeps"), str(Path.cwd())):  # Hydra's plugins; the user's own package
+        if path not in sys.path:
+            sys.path.append(path)
+    with warnings.catch_warnings(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        warnings.simplefilter("ignore")
+        config = compose("config", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep
+            del config["hydra"]
+        plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(config, DictConfig) and isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def case_of(config: dict[str, Any]) -> Case:
+    """The case of a resolved config. Raises ValueError for what is wrong with its router or experts.
+
+    As few experts as the router takes: 4, 8, ... up to num_experts. A table from a file has its own sizes.
+    """
+    check_targets(config, "", (*PACKAGES, *config["extra_packages"]))
+    if config["router"].get("_target_") is None:
+        raise ValueError("router must be one that routes; got router._target_=null, plain FFNs without a router")
+    found, options = target({key: value for key, value in config["router"].items() if key != "baseline"}, skip=1)
+    if not issubclass(found, Router):
+        raise ValueError(f"router._target_ must be a class of routers.routing.Router; got {found.__name__}")
+    experts, more = target({key: value for key, value in config["experts"].items() if key != "num_shared"}, skip=4)
+    wanted, in_file = config["num_experts"], options.get("file") is not None
+
+    def make_router(site: Site) -> Router:
+        return found(site, **options)
+
+    def case(number: int) -> Case:
+        return Case(
+            make_router,
+            partial(experts, **more),
+            num_experts=number,
+            vocab_size=config["data"]["vocab_size"] if in_file else 64,
+            num_shared=config["experts"]["num_shared"],
+            activation=config["model"]["activation"],
+            placement=config["model"]["placement"],
+        )
+
+    numbers = [] if in_file else [2**power for power in range(2, 12) if 2**power < wanted]
+    for number in numbers:
+        with contextlib.suppress(ValueError):
+            case(number).model(0)
+            return case(number)
+    case(wanted).model(0)
+    return case(wanted)
+
+
+def findings(case: Case, checks: dict[str, Check]) -> Iterator[tuple[str, Finding, float]]:
+    """(name, finding, seconds) of each check; one that raises has failed."""
+    for name, check in checks.items():
+        began = time.perf_counter()
+        try:
+            finding = check(case)
+        except Exception as error:  # whatever a router under test does wrong belongs on its card
+            finding = Finding(FAILED, f"{type(error).__name__}: {one_line(error)}")
+        yield name, finding, time.perf_counter() - began
+
+
+def main(words: list[str]) -> int:
+    quick = "--quick" in words
+    overrides = [word for word in words if word != "--quick"]
+    try:
+        unknown = [word for word in overrides if word.startswith("-")]
+        if unknown or not any(word.startswith("router=") for word in overrides):
+            rule = "usage: python -m routers.certify router=NAME [overrides] [--quick]"
+            raise ValueError(f"{rule}; got {' '.join(words) or 'nothing'}")
+        config = composed(overrides)
+        case = case_of(config)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(2)
+    print(f"certificate of {' '.join(overrides)}, E = {case.num_experts}\n")
+    seen, began = [], time.perf_counter()
+    for name, finding, _ in findings(case, CHECKS if quick else CHECKS | {"leak alarm": leak_alarm}):
+        seen.append(finding.status)
+        print(f"{name:<36}{finding.status:<25}{finding.text}", flush=True)
+    failed, confirmed = seen.count(FAILED), seen.count(CONFIRMED)
+    verdict = f"FAILED: {failed} of {len(seen)} checks" if failed else f"passed {len(seen)} checks"
+    verdict += f", {confirmed} declared leaks confirmed" if confirmed else ""
+    print(f"\n{verdict}; {time.perf_counter() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
