@@ -116,8 +116,9 @@ def test_as_many_assignments_a_token_as_flops_are_counted_for():
         for training in (True, False):
             routing = router.train(training)(some_scores(4, LENGTH).repeat(1, 1, 4), batch.tokens)
             assert len(routing.token) == 48 * router.experts_per_token, name
-        needs_no_product = name == "random_each_step"
-        assert router.forward_flops == (0 if needs_no_product else 2 * WIDTH * EXPERTS)
+        product = 2 * WIDTH * EXPERTS
+        learns, fixed = {"random_each_step": (0, 0), "frozen_random": (0, product)}.get(name, (product, 0))
+        assert (router.forward_flops, router.fixed_flops) == (learns, fixed)
 
 
 # loss-free balancing
