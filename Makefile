@@ -1,15 +1,20 @@
-# make quickstart | test | check | format: each makes .venv and installs what it needs.
+# make quickstart | routers | test | check | format: each makes .venv and installs what it needs.
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint check format
+.PHONY: quickstart routers test lint check format
 
 quickstart: .venv/installed
 	@$(BIN)/python run.py -m sweeps=quickstart
 	@$(BIN)/python -m analysis.report quickstart
+
+routers: .venv/installed  # every method once; some need a trained run of dense or of a learned router
+	@$(BIN)/python run.py -m router=dense,switch
+	@$(BIN)/python run.py -m sweeps=routers
+	@$(BIN)/python -m analysis.report routers
 
 test: .venv/installed
 	@$(BIN)/python -m pytest

@@ -12,17 +12,21 @@ def table(study: Study, style: dict) -> pd.DataFrame:
     arms = list(study.runs["arm"].unique())
     reference = style["reference"] if style["reference"] in arms else arms[0]
     counted = study.counted.set_index("seed")
-    base = counted.loc[counted["arm"] == reference, "test/ce"]
+    base = counted.loc[counted["arm"] == reference]
     rows = []
     for arm in arms:
         runs = counted.loc[counted["arm"] == arm]
-        label = style["arms"].get(arm, {}).get("label", arm.replace("_", " "))
+        label = style["arms"].get(arm, {}).get("label") or style["labels"].get(arm, arm.replace("_", " "))
+        if any("evaluation" in leak for leaks in runs.get("leaks", []) for leak in leaks):
+            label += " ‡"
         row = {"arm": arm, "label": label, "planned": (study.runs["arm"] == arm).sum(), "n": len(runs)}
         row |= {f"{kind}_parameters": runs[f"parameters/{kind}"].mean() for kind in ("active", "total")}
         for split in ("test", "val"):
             mean, deviation = mean_and_deviation(runs.loc[:, f"{split}/perplexity"])
             row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
-        difference = paired_difference(runs.loc[:, "test/ce"], base)
+        for what, column in (("flops", "train_flops_per_token"), ("parameters", "parameters/total")):
+            row[f"{what}_over_reference"] = runs[column].mean() / base[column].mean()
+        difference = paired_difference(runs.loc[:, "test/ce"], base.loc[:, "test/ce"])
         row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
         row |= {"separated": difference.separated, "reference": arm == reference}
         row["below_unigram"] = (runs["val/unigram_entropy"] - runs["val/ce"]).mean()
@@ -34,20 +38,22 @@ def table(study: Study, style: dict) -> pd.DataFrame:
 def printed(frame: pd.DataFrame, form: str) -> str:
     """The table for a reader. `form` is tabulate's: "simple" for a terminal, "pipe" for markdown."""
     reference = frame.loc[frame["reference"], "label"].item()
-    headers = ["method", "parameters\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
+    headers = ["method", "parameters\nactive / total", f"FLOPs, parameters\nover {reference}"]
+    headers += ["test\nperplexity", "validation\nperplexity", "n"]
     headers += [f"difference to {reference}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
     if form == "pipe":  # a cell of markdown is one line
         headers = [header.replace("\n", " ") for header in headers]
     rows = [_cells(row) for row in frame.to_dict("records")]
-    align = ("left", *["right"] * 4, "left", "right", "right")
+    align = ("left", *["right"] * 5, "left", "right", "right")
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
 
 
 def _cells(row: dict) -> list[str]:
     n = str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
     if not row["n"]:
-        return [row["label"], "", "", "", n, "", "", ""]
+        return [row["label"], "", "", "", "", n, "", "", ""]
     parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
+    ratios = "{flops_over_reference:.2f}, {parameters_over_reference:.2f}".format(**row)
     test = "{test_perplexity:.2f} ± {test_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
     validation = "{val_perplexity:.2f} ± {val_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
     difference = "{difference_mean:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]".format(**row)
@@ -59,7 +65,8 @@ def _cells(row: dict) -> list[str]:
     elif row["difference_pairs"] > 1 and not row["separated"]:
         difference += " †"
     speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
-    return [row["label"], parameters, test, validation, n, difference, f"{row['below_unigram']:.3f}", speed]
+    below = f"{row['below_unigram']:.3f}"
+    return [row["label"], parameters, ratios, test, validation, n, difference, below, speed]
 
 
 def human(count: float) -> str:
@@ -86,12 +93,15 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
     reference = frame.loc[frame["reference"], "label"].item()
     lines = [
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
+        f"over {reference}: matrix-product FLOPs of training a token, router included, and total parameters, as ratios",
         "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
         "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
         f"  below 0 is better than {reference}; the interval is that of a paired t-test, one method at a time",
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
+    if frame["label"].str.endswith(" ‡").any():
+        lines.append("‡ routes by what comes after a token, in evaluation too: a bound, not a language model")
     compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")
     if any(row["difference_pairs"] > 1 and not row["separated"] for row in compared):
         lines.append(f"† not separated from {reference}: the interval contains 0")

@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         return {"active": active, "total": total}
 
     def train_flops_per_token(self) -> int:
-        """Matrix-product FLOPs of forward and backward, 3 times what learns in the forward; attention over a whole window.
+        """Matrix-product FLOPs of forward and backward, 3 times the forward's of what learns; attention over a window.
 
         The routers' products count, and a baseline's forward pass where a router reads its prediction; norms,
         activations and the softmax do not.

@@ -13,8 +13,8 @@ class BalancedAssignment(Router):
     sigmoid(h_t . w_{a(t)}), so that x + weight * f(x) is the published mixture. No loss, no capacity.
 
     In the place of an FFN it reads that one's normed input, a deviation from the paper; as published, on the raw
-    residual stream, with model.placement=insert and experts=stack. report: assignment_gap, the certified distance to the optimum. Raises FloatingPointError if a score
-    in training is not finite.
+    residual stream, with model.placement=insert and experts=stack. report: assignment_gap, the certified distance to
+    the optimum. Raises FloatingPointError if a score in training is not finite.
     """
 
     trains_differently = True

@@ -18,6 +18,7 @@ class Feature(nn.Module):
     """keys = feature(tokens). is_token: keys are token ids. leaks and uses_prediction: as of routers.routing.Router."""
 
     is_token: bool = True
+    size_is_fixed: bool = True  # by the options alone, not by the training text
     leaks: frozenset[str] = frozenset()
     uses_prediction: bool = False
 
@@ -123,6 +124,7 @@ class Split(Feature):
     """
 
     is_token = False
+    size_is_fixed = False
     heavy: Tensor
     salt: Tensor
 

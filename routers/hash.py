@@ -57,11 +57,12 @@ class Lookup(Router):
                 raise ValueError(f"{need} needs router.baseline=<run folder>; {command}")
         if table in (*OF_EMBEDDINGS, "distilled") and not self.feature.is_token:
             raise ValueError(f"router.table={table} needs a feature whose keys are tokens; got {feature}")
-        self.name, self.per_layer, self.file = table, per_layer, file
+        self.feature_name, self.name, self.per_layer, self.file = feature, table, per_layer, file
 
     def draw(self, column: int, k: int) -> Tensor:
         """(K, k) one draw of the table; zeros while options are only checked."""
-        if self.site.training_text is None and self.name != "file":
+        sized = self.name == "file" and self.feature.size_is_fixed
+        if self.site.training_text is None and not sized:
             return torch.zeros(self.feature.size, k, dtype=torch.int64)
         place = self.site.layer if self.per_layer else "every layer"
         draws = generator(self.site.seed, "router", place, "table", column)
@@ -96,7 +97,8 @@ class Hash(Lookup):
         if num_hashes < 1:
             raise ValueError(f"router.num_hashes must be at least 1; got {num_hashes}")
         self.experts_per_token = self.segments = num_hashes
-        self.hold(torch.cat([self.draw(column, 1) for column in range(num_hashes)], 1))
+        drawn = table != "file"  # a file holds all N
+        self.hold(torch.cat([self.draw(n, 1) for n in range(num_hashes)], 1) if drawn else self.draw(0, num_hashes))
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
         expert, real = self.experts(tokens), tokens.real[..., None].expand(-1, -1, self.segments)

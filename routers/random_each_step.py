@@ -11,9 +11,9 @@ from routers.routing import Router, Routing, Site, one_each
 class RandomEachStep(Router):
     """expert = mix(salt, key, t, x_t) mod E, salt drawn from (seed, layer); weight 1. No parameters, no loss.
 
-    The key is new with every step and row, so in training a token's expert is a fresh draw. Evaluation batches all
-    have key 0: there the same formula is a fixed table over position and token, which training never saw. So
-    evaluation repeats to the bit and knows nothing of batch mates, and is as random as training.
+    The key is new with every step and row, so in training a token's expert is a fresh draw. In evaluation it is 0:
+    there the same formula is a fixed table over position and token, which training never saw. So evaluation repeats
+    to the bit and knows nothing of batch mates, and is as random as training.
     """
 
     salt: Tensor
@@ -23,5 +23,6 @@ class RandomEachStep(Router):
         self.register_buffer("salt", torch.randint(2**62, (), generator=site.generator("salt")))
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
-        draw = mix(self.salt, tokens.key[:, None], tokens.position, tokens.id)  # (B, S)
+        key = tokens.key if self.training else torch.zeros_like(tokens.key)
+        draw = mix(self.salt, key[:, None], tokens.position, tokens.id)  # (B, S)
         return one_each(draw % self.site.num_experts, tokens.real)

@@ -85,11 +85,17 @@ def distilled_table(keys: Keys) -> Tensor:
 
 
 def file_table(keys: Keys) -> Tensor:
-    """The tensor tid2eid (K, k) of a safetensors file. Raises ValueError if there is none of that shape."""
+    """The tensor tid2eid (K, k) of a safetensors file, or this layer's layers.<layer>.tid2eid, as export writes them.
+
+    Raises ValueError if there is none of that shape.
+    """
+    own = f"layers.{keys.site.layer}.tid2eid"
     try:
-        table = load_file(keys.file or "")["tid2eid"].long()
+        tensors = load_file(keys.file or "")
+        table = tensors[own if own in tensors else "tid2eid"].long()
     except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"router.file={keys.file} is no safetensors file with a tensor tid2eid: {error}") from error
+        rule = f"is no safetensors file with a tensor tid2eid, or {own}"
+        raise ValueError(f"router.file={keys.file} {rule}: {error}") from error
     if table.shape != (len(keys.counts), keys.k):
         raise ValueError(
             f"router.file={keys.file}: tid2eid must be (keys, experts of a key) = {(len(keys.counts), keys.k)}; "

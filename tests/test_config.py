@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, ROUTERS, compose_config
+from conftest import ROOT, compose_config
 
 from training.job import open_run
 from training.preflight import read
@@ -24,10 +24,24 @@ def run_py(*words: str, limit: int | None = None, cwd=None) -> subprocess.Comple
     )
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> str:
+    """A folder with two runs that look finished, of a dense and of a learned router."""
+    folder = tmp_path_factory.mktemp("runs")
+    for run in ("dense-s0-01234567", "switch-s0-01234567"):
+        (folder / run / "checkpoints" / "1").mkdir(parents=True)
+        (folder / run / "checkpoints" / "1" / "model.safetensors").touch()
+        (folder / run / "result.json").touch()
+    return f"runs={folder}"
+
+
+ARMS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
+
+
 @pytest.mark.parametrize("scale", ["smoke", "small"])
-@pytest.mark.parametrize("router", [*ROUTERS, "dense"])
-def test_every_router_composes_at_every_scale(router, scale):
-    settings = read(compose_config(f"router={router}", f"scale={scale}"))
+@pytest.mark.parametrize("router", ARMS)
+def test_every_router_composes_at_every_scale(router, scale, runs):
+    settings = read(compose_config(f"router={router}", f"scale={scale}", runs))
     assert (settings.arm, settings.scale) == (router, scale)
     assert settings.num_experts == {"smoke": 16, "small": 64}[scale]
 
@@ -47,7 +61,7 @@ BAD = [
     ("device=tpu", "device must be one of auto, cpu, cuda; got tpu"),
     ("router._target_=os.system", "router._target_ must be a class of routers, models, data"),
     ("data.corpus._target_=torch.load", "data.corpus._target_"),
-    ("experts._target_=models.experts.grouped", "must name a class"),
+    ("experts._target_=models.dispatch.grouped", "must name a class"),
     ("router._target_=routers.none.None", "does not exist"),
     ("router.load_balance_coef=much", "load_balance_coef"),
     ("~router.jitter", "needs the option jitter"),
@@ -113,17 +127,20 @@ def test_the_id_is_of_what_can_change_the_result(tiny):
     assert digest(fingerprint="other text") != digest()
 
 
-@pytest.mark.parametrize(("sweep", "jobs"), [("quickstart", 15)])
-def test_each_sweep_composes_to_its_stated_jobs(sweep, jobs):
+SWEEPS = {"quickstart": 15, "routers": 42}
+
+
+@pytest.mark.parametrize(("sweep", "jobs"), SWEEPS.items())
+def test_each_sweep_composes_to_its_stated_jobs(sweep, jobs, runs):
     text = (ROOT / "sweeps" / f"{sweep}.yaml").read_text()
-    assert f"Jobs: {jobs} " in text
+    assert f"Jobs: {jobs}" in text
     params = compose_params(sweep)
     count = 1
     for values in params.values():
         count *= len(str(values).split(","))
     assert count == jobs
     for router in params["router"].split(","):
-        read(compose_config(f"sweeps={sweep}", f"router={router}"))
+        read(compose_config(f"sweeps={sweep}", f"router={router.strip()}", runs))
 
 
 def compose_params(sweep: str) -> dict:
@@ -135,4 +152,20 @@ def compose_params(sweep: str) -> dict:
 
 
 def test_every_sweep_is_tested():
-    assert [path.stem for path in (ROOT / "sweeps").glob("*.yaml")] == ["quickstart"]
+    assert {path.stem for path in (ROOT / "sweeps").glob("*.yaml")} == SWEEPS.keys()
+    assert sorted(name.strip() for name in compose_params("routers")["router"].split(",")) == ARMS
+
+
+def test_a_baseline_is_named_by_a_glob_that_fits_one_run(runs, tmp_path):
+    folder = runs.removeprefix("runs=")
+    settings = read(compose_config("router=hash_clustered", runs))
+    assert settings.router["baseline"] == f"{folder}/dense-s0-01234567"
+    for pattern, found in ((f"{tmp_path}/none", "found none"), (f"{folder}/*", "found dense-s0.*, switch-s0")):
+        with pytest.raises(ValueError, match=f"router.baseline=.* must name one finished run .*{found}"):
+            read(compose_config("router=hash_clustered", f"router.baseline={pattern}"))
+    moved = compose_config("router=hash_clustered", runs)
+    one, other = read(moved), read(moved)
+    other.router["baseline"] = "/elsewhere/dense-s0-01234567"
+    assert digest_of(one, "text") == digest_of(other, "text")
+    other.router["baseline"] = "/elsewhere/dense-s0-76543210"
+    assert digest_of(one, "text") != digest_of(other, "text")

@@ -136,6 +136,7 @@ def _train(opened: Run) -> int:
             "parameters/total": counts["total"],
             "train_flops_per_token": origin["train_flops_per_token"],
             "data_fingerprint": prepared.fingerprint,
+            "leaks": sorted({leak for router in model.routers.values() for leak in router.leaks}),
         }
         recorder.mirror(lambda run: run.summary.update(result))
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))

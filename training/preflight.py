@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before any work is done."""
 
+import glob
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -42,13 +43,17 @@ def read(config: DictConfig) -> Settings:
 
 
 def _check_router(settings: Settings) -> None:
-    """Every layer's router takes its options; the baseline, if there is one, is a finished run with weights."""
-    folder, stand_in = settings.router.get("baseline"), None
-    if folder is not None:
-        if not (is_finished(Path(folder)) and any(Path(folder).glob("checkpoints/*/model.safetensors"))):
-            rule = "must be the folder of a finished run that kept its weights (record.keep_weights=true)"
-            raise ValueError(f"router.baseline {rule}; got {folder}")
-        settings.router["baseline"], stand_in = str(Path(folder).absolute()), torch.nn.Identity()
+    """Every layer's router takes its options. router.baseline, a folder or a glob, becomes the run that it names."""
+    pattern, stand_in = settings.router.get("baseline"), None
+    if pattern is not None:
+        found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
+        kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
+        if len(kept) != 1:
+            rule = "must name one finished run that kept its weights; python run.py router=dense makes one (for a table"
+            rule += " from a learned router: that router), with record.keep_weights=true and the same data and scale"
+            names = ", ".join(sorted(run.name for run in kept)) or "none"
+            raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
+        settings.router["baseline"], stand_in = str(kept[0]), torch.nn.Identity()
     counts = torch.ones(settings.data.vocab_size, dtype=torch.int64)
     for layer in settings.model.sparse_layers:
         make_router(settings, layer, counts, baseline=stand_in)

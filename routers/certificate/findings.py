@@ -3,7 +3,7 @@
 B batch, S sequence, T = B*S tokens, D width, E experts, N segments
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,6 @@ def projected(y: Tensor, aux_loss: Tensor) -> Tensor:
     return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()).sum() / len(y) + aux_loss
 
 
-def gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else []
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]

@@ -107,6 +107,8 @@ def routes_alike(case: Case) -> Finding:
     for seed in range(2 * TRIES):
         models = [case.model(seed, training) for training in MODES.values()]
         batch = models[0].prepare(case.batch(seed))[0]
+        key = torch.zeros_like(batch.tokens.key)  # as in evaluation, whichever way routers are then told to route
+        batch = batch._replace(tokens=batch.tokens._replace(key=key))
         hidden = case.hidden(seed, alike=seed // 2 % 2 * 2.0)
         for layer, ffn in layers(models[0]):
             one, other = (route(f, hidden, batch)[1] for f in (ffn, models[1].sparse[layer]))
