@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from models.experts import Experts
+from models.experts import ExpertLayer
 from routers.routing import Plan, Routing, make_plan
 
 PATHS = ("auto", "grouped_mm", "loop")
@@ -30,7 +30,7 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     return ("grouped_mm" if good else "loop") if wanted == "auto" else wanted
 
 
-def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: Experts, path: str) -> Tensor:
+def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: ExpertLayer, path: str) -> Tensor:
     """sum over assignments a of weight[a] * expert[a](x[token[a]]), for each token. x (T, D) -> (T, D).
 
     Of segmented experts a token's assignments give the parts of one output instead, side by side. A plan made with the
