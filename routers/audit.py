@@ -36,8 +36,9 @@ def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert
     texts = [f"{int(counted.tokens.sum()):,} {text} tokens" for text, counted in seen.items()]
     site, layers = router.site, ", ".join(map(str, lookups))
     which = f"table={router.name}" + (f" of {router.file}" if router.name == "file" else "")
+    keys = f"{router.feature.size:,} keys" + (", the token ids" if isinstance(router.feature, Token) else "")
     head = [
-        f"{name}: feature={router.feature_name}, {which}, {site.num_experts} experts, seed {site.seed}",
+        f"{name}: feature={router.feature_name} ({keys}), {which}, {site.num_experts} experts, seed {site.seed}",
         f"layers with a table: {layers} (sparse layers: {', '.join(map(str, site.sparse_layers))})",
         f"text: {' and '.join(texts)} (data {prepared.fingerprint[:12]})",
     ]
@@ -56,13 +57,14 @@ def loads(parts: dict[str, Part], seen: dict[str, Seen]) -> str:
     for name, part in parts.items():
         for text, counted in seen.items():
             load, (experts, k) = counted.loads[name], part.sizes
-            share, fullest = load.double() / load.sum(), float(load.max() * experts / load.sum())
+            share = load.double() / load.sum()
+            fullest = float(share.max() * experts)
             bounds = [balance_bound(counts, experts, k) for counts in (counted.keys, counted.tokens)]
             extremes = [f"{percent(float(share[at]))} (#{int(at)})" for at in (share.argmax(), share.argmin())]
             even = f"{entropy(load) / math.log(experts) if experts > 1 else 1:.3f}"
             row = [name, text, *extremes, str(int((load == 0).sum())), even, f"{fullest:.2f}"]
             rows.append(row + [f"{bound:.2f}" for bound in bounds])
-            if fullest < bounds[1]:
+            if fullest < bounds[1] - 1e-9:
                 below.append(
                     f"Layer {name}, {text} text: the fullest expert has {fullest:.2f} times the mean load, "
                     f"below {bounds[1]:.2f}, which no table of token ids can beat."
@@ -121,14 +123,13 @@ def common(parts: dict[str, Part], text: Seen) -> str:
         nats, share = mutual_information(one, other, text.keys, experts)
         rows.append([name, f"{nats:.4f}", f"{share:.3f}"])
     notes = [
-        f"Nats a token; 0: independent, log E = {math.log(experts):.4f} at most. Share: of the smaller of both entropies;",
-        "1: one table tells the other. Frequent keys alone give random tables something in common: the last line.",
+        f"Nats a token. 0: independent, log E = {math.log(experts):.4f} at most. Share: of the smaller of the two",
+        "entropies; 1: one table tells the other. Frequent keys alone give random tables something in common.",
     ]
     if k > 1:
         notes.append(f"Of one of a token's {k} experts in each table, drawn at random.")
-    return "\n".join(
-        [show("MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT", ["layers", "nats", "share"], rows), *notes]
-    )
+    table = show("MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT", ["layers", "nats", "share"], rows)
+    return "\n".join([table, *notes])
 
 
 def show(title: str, headers: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -137,4 +138,4 @@ def show(title: str, headers: list[str], rows: list[list[str]], left: int = 1) -
 
 
 def percent(share: float) -> str:
-    return "none" if math.isnan(share) else f"{100 * share:.2f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.2f} %"

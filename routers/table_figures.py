@@ -58,7 +58,7 @@ def route(parts: dict[str, Part], split: Split) -> Seen:
     feature, experts = lookup.feature, lookup.site.num_experts
     tokens, keys = (torch.zeros(size, dtype=torch.int64) for size in (lookup.site.vocab_size, feature.size))
     loads = {name: torch.zeros(experts, dtype=torch.int64) for name in parts}
-    for batch in evaluation_batches(split, 8 if lookup.uses_prediction else 64):
+    for batch in evaluation_batches(split, lookup.site.routing_group if lookup.uses_prediction else 64):
         text = with_prediction(lookup, batch)
         real = text.real.reshape(-1).long()
         tokens += count(text.id.reshape(-1), len(tokens), real)
@@ -103,11 +103,14 @@ def rare_and_heavy(counts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def rare_beside_heavy(table: Tensor, counts: Tensor, num_experts: int) -> tuple[float, float]:
-    """(share of rare keys that have an expert in common with a heavy one, what it is by chance)."""
+    """(share of rare keys that have an expert in common with a heavy one, what it would be if rare keys had random
+    experts); nan if no key is rare or none is heavy."""
     rare, heavy = rare_and_heavy(counts, num_experts)
+    if not (rare.any() and heavy.any()):
+        return math.nan, math.nan
     taken = torch.zeros(num_experts, dtype=torch.bool)
     taken[table[heavy].reshape(-1)] = True
-    share = float(taken[table[rare]].any(1).double().mean())  # nan if no key is rare
+    share = float(taken[table[rare]].any(1).double().mean())
     return share, chance(num_experts, table.shape[1], int(taken.sum()))
 
 

@@ -1,8 +1,8 @@
-"""The table workbench: python -m routers.tables build | audit | export OVERRIDES, those of run.py (router=... data=...).
+"""The table workbench: python -m routers.tables build | audit | export OVERRIDES, which are those of run.py.
 
 build --out FILE [--layer L]    draws the table of the first sparse layer, or of L; router.table=file reads it
 audit [--layer L] [--all]       prints what the tables do to the corpus; --all: the load of every expert
-export --out FILE [--layer L]   writes layers.<layer>.tid2eid (V, k) of every table, or tid2eid of L: DeepSeek-V4's shape
+export --out FILE [--layer L]   writes layers.<layer>.tid2eid (V, k) of all tables, or tid2eid of L: DeepSeek-V4's form
 """
 
 import argparse
@@ -38,7 +38,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: list[str] | None = None) -> None:
     """Exit status 2, after one line on standard error, for bad input."""
-    parser = Parser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        usage=USAGE, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("build", "audit", "export"))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path)
