@@ -6,20 +6,15 @@ trained baseline gets a stand-in. --quick leaves out the leak alarm, which train
 """
 
 import contextlib
-import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from routers.certificate import arithmetic, scores, sight, state, tokens
@@ -27,9 +22,8 @@ from routers.certificate.alarm import leak_alarm
 from routers.certificate.findings import CONFIRMED, EXACT, FAILED, MODES, Check, Finding
 from routers.certificate.trial import Case
 from routers.routing import Router, Site
+from training.compose import composed
 from training.targets import PACKAGES, check_targets, one_line, target
-
-ROOT = Path(__file__).resolve().parent.parent
 
 LEAK_CHECKS: dict[str, Check] = {
     f"{label} in {mode}": partial(sight.leak, what=what, mode=mode)
@@ -58,29 +52,12 @@ CHECKS: dict[str, Check] = LEAK_CHECKS | {
 }
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
-    """The resolved config that run.py would get from these words. Raises as Hydra and OmegaConf do."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    for path in (str(ROOT / "sweeps"), str(Path.cwd())):  # Hydra's plugins; the user's own package
-        if path not in sys.path:
-            sys.path.append(path)
-    with warnings.catch_warnings(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        warnings.simplefilter("ignore")
-        config = compose("config", overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        with open_dict(config):
-            config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep
-            del config["hydra"]
-        plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(config, DictConfig) and isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def case_of(config: dict[str, Any]) -> Case:
-    """The case of a resolved config. Raises ValueError for what is wrong with its router or experts.
+def case_of(settings: DictConfig) -> Case:
+    """The case of a composed config. Raises ValueError for what is wrong with its router or experts.
 
     As few experts as the router takes: 4, 8, ... up to num_experts. A table from a file has its own sizes.
     """
+    config: Any = OmegaConf.to_container(settings, resolve=True)
     check_targets(config, "", (*PACKAGES, *config["extra_packages"]))
     if config["router"].get("_target_") is None:
         raise ValueError("router must be one that routes; got router._target_=null, plain FFNs without a router")
@@ -132,8 +109,7 @@ def main(words: list[str]) -> int:
         if unknown or not any(word.startswith("router=") for word in overrides):
             rule = "usage: python -m routers.certify router=NAME [overrides] [--quick]"
             raise ValueError(f"{rule}; got {' '.join(words) or 'nothing'}")
-        config = composed(overrides)
-        case = case_of(config)
+        case = case_of(composed(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from conftest import ROUTERS, compose_config, make_site, shaken, some_batch
-from omegaconf import OmegaConf
 from torch import nn
 
 import models.feedforward
@@ -24,8 +23,7 @@ from routers.switch import Switch
 
 @functools.cache
 def case_named(name: str) -> Case:
-    config = OmegaConf.to_container(compose_config(f"router={name}"), resolve=True)
-    return case_of(config)
+    return case_of(compose_config(f"router={name}"))
 
 
 # every router of conf/router

@@ -49,6 +49,7 @@ class Case:
     num_shared: int = 0
     activation: str = "relu"
     placement: str = "replace"
+    routing_group: int = GROUP
 
     @functools.cached_property
     def settings(self) -> ModelSettings:
@@ -80,7 +81,7 @@ class Case:
             token_counts=counts,
             begin=BEGIN,
             end=END,
-            routing_group=GROUP,
+            routing_group=self.routing_group,
             seed=seed,
             sequence_length=LENGTH,
             sparse_layers=tuple(range(LAYERS)),
