@@ -146,6 +146,11 @@ def test_mutual_information_is_weighed_by_the_text():
     assert sure == (0.0, 0.0)  # a table of one expert tells nothing
 
 
+def test_a_table_that_the_other_tells_shares_all_of_the_smaller_entropy():
+    fine, coarse, even = column(0, 1, 2, 3), column(0, 0, 1, 1), torch.ones(4).long()
+    assert mutual_information(fine, coarse, even, 4) == pytest.approx((math.log(2), 1.0))
+
+
 def test_mutual_information_of_several_experts_is_that_of_one_drawn_from_each():
     one, other = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [2, 3]])
     # given the key, both draws are even over its two experts: they share which key it was, one bit
