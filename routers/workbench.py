@@ -48,6 +48,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true")
     try:
         run(parser.parse_intermixed_args(words))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (HydraException, OmegaConfBaseException, SafetensorError, ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
