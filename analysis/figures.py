@@ -42,8 +42,42 @@ def save_learning_curves(study: Study, frame: pd.DataFrame, style: dict, folder:
         upper.legend()
         figure.axes[-1].set_xlabel("training tokens (millions)")
         figure.align_ylabels()
-        figure.savefig(folder / "figure.png", metadata={"Software": None})
-        figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        _save(figure, folder)
+
+
+def save_differences(study: Study, frame: pd.DataFrame, style: dict, folder: Path) -> None:
+    """Draw folder/figure.png and figure.pdf: each arm's difference to the reference on test, the best below.
+
+    Bars are the intervals, where there is more than one pair. The axis spans the arms that see no future in evaluation;
+    of others that lie outside stands the number. The same study is the same bytes, as in save_learning_curves.
+    """
+    reference = frame.loc[frame["reference"], "label"].item()
+    rows = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)]
+    rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
+    ends = rows.loc[:, ["difference_mean", "difference_low", "difference_high"]]
+    fair = ends.loc[~rows["label"].str.endswith("‡")]
+    low, high = min(float(fair.min().min()), 0.0), max(float(fair.max().max()), 0.0)
+    with context(["default", style["matplotlib"]]):
+        figure = Figure(figsize=(3.4, 0.8 + 0.14 * len(rows)))
+        axes = figure.subplots()
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
+        for place, row in rows.iterrows():
+            mean = row["difference_mean"]
+            if mean < low:
+                axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5)
+                continue
+            reach = [[mean - row["difference_low"]], [row["difference_high"] - mean]]
+            axes.errorbar(mean, place, xerr=reach if row["difference_pairs"] > 1 else None, **style["point"])
+        axes.set_yticks(range(len(rows)), rows["label"])
+        axes.set_ylim(-0.8, len(rows) - 0.2)
+        axes.set_xlabel(f"test cross-entropy less that of {reference}\n(nats per token, n = {rows['n'].max()})")
+        _save(figure, folder)
+
+
+def _save(figure: Figure, folder: Path) -> None:
+    figure.savefig(folder / "figure.png", metadata={"Software": None})
+    figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:

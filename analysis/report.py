@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from analysis import tables
-from analysis.figures import save_learning_curves
+from analysis.figures import save_differences, save_learning_curves
 from analysis.runs import read_study
 
 
@@ -19,17 +19,19 @@ def report(name: str, runs: Path, results: Path) -> str:
     study = read_study(name, runs)
     frame = tables.table(study, style)
     header, notes = tables.header(study, style), tables.notes(study, frame)
-    terminal, markdown = (tables.printed(frame, form) for form in ("simple", "pipe"))
+    terminal, markdown = (f"{tables.printed(frame, f)}\n\n{tables.costs(frame, f)}" for f in ("simple", "pipe"))
 
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, rows in {"table.csv": frame, "runs.csv": study.runs}.items():
         rows.to_csv(folder / file, index=False, float_format="%.15g", lineterminator="\n")
     (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
-    save_learning_curves(study, frame, style, folder)
+    many = len(frame) > len(style["arms"]) + len(style["others"])  # more curves than looks
+    shows = "differences with their intervals" if many else "learning curves, mean over seeds ± standard deviation"
+    (save_differences if many else save_learning_curves)(study, frame, style, folder)
 
     where = f"table   {folder}/table.md, table.csv\n"
-    where += f"figure  {folder}/figure.png, figure.pdf: learning curves, mean over seeds ± standard deviation\n"
+    where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
     best = shlex.quote(str(runs / study.counted.sort_values("val/ce")["id"].iloc[0]))
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}

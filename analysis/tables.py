@@ -26,6 +26,9 @@ def table(study: Study, style: dict) -> pd.DataFrame:
             row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
         for what, column in (("flops", "train_flops_per_token"), ("parameters", "parameters/total")):
             row[f"{what}_over_reference"] = runs[column].mean() / base[column].mean()
+        row["flops_per_token"], row["peak_memory_bytes"] = (
+            runs[column].mean() for column in ("train_flops_per_token", "peak_memory_bytes")
+        )
         difference = paired_difference(runs.loc[:, "test/ce"], base.loc[:, "test/ce"])
         row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
         row |= {"separated": difference.separated, "reference": arm == reference}
@@ -38,22 +41,34 @@ def table(study: Study, style: dict) -> pd.DataFrame:
 def printed(frame: pd.DataFrame, form: str) -> str:
     """The table for a reader. `form` is tabulate's: "simple" for a terminal, "pipe" for markdown."""
     reference = frame.loc[frame["reference"], "label"].item()
-    headers = ["method", "parameters\nactive / total", f"FLOPs, parameters\nover {reference}"]
-    headers += ["test\nperplexity", "validation\nperplexity", "n"]
+    headers = ["method", "parameters\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
     headers += [f"difference to {reference}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
     if form == "pipe":  # a cell of markdown is one line
         headers = [header.replace("\n", " ") for header in headers]
     rows = [_cells(row) for row in frame.to_dict("records")]
-    align = ("left", *["right"] * 5, "left", "right", "right")
+    align = ("left", *["right"] * 4, "left", "right", "right")
+    return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
+
+
+def costs(frame: pd.DataFrame, form: str) -> str:
+    """What each method costs, beside the reference. `form` as in printed()."""
+    reference = frame.loc[frame["reference"], "label"].item()
+    headers = ["method", "FLOPs per token", f"over {reference}", "parameters", f"over {reference}", "peak memory"]
+    rows = []
+    for row in frame.loc[frame["n"] > 0].to_dict("records"):
+        cells = [row["label"], human(row["flops_per_token"]), row["flops_over_reference"]]
+        cells += [human(row["total_parameters"]), row["parameters_over_reference"]]
+        cells = [f"{cell:.2f}".replace("nan", "") if isinstance(cell, float) else cell for cell in cells]
+        rows.append([*cells, f"{row['peak_memory_bytes'] / 1e9:.2f} GB"])
+    align = ("left", *["right"] * 5)
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
 
 
 def _cells(row: dict) -> list[str]:
     n = str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
     if not row["n"]:
-        return [row["label"], "", "", "", "", n, "", "", ""]
+        return [row["label"], "", "", "", n, "", "", ""]
     parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
-    ratios = "{flops_over_reference:.2f}, {parameters_over_reference:.2f}".format(**row)
     test = "{test_perplexity:.2f} ± {test_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
     validation = "{val_perplexity:.2f} ± {val_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
     difference = "{difference_mean:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]".format(**row)
@@ -66,7 +81,7 @@ def _cells(row: dict) -> list[str]:
         difference += " †"
     speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
     below = f"{row['below_unigram']:.3f}"
-    return [row["label"], parameters, ratios, test, validation, n, difference, below, speed]
+    return [row["label"], parameters, test, validation, n, difference, below, speed]
 
 
 def human(count: float) -> str:
@@ -93,7 +108,7 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
     reference = frame.loc[frame["reference"], "label"].item()
     lines = [
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
-        f"over {reference}: matrix-product FLOPs of training a token, router included, and total parameters, as ratios",
+        "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
         "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
         "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
         f"  below 0 is better than {reference}; the interval is that of a paired t-test, one method at a time",

@@ -73,7 +73,8 @@ class Lookup(Router):
     def hold(self, table: Tensor) -> None:
         """Make it the buffer, checked again whenever it is loaded."""
         self.register_buffer("table", table)
-        self.register_load_state_dict_post_hook(lambda module, _: tables.check_table(self.table, self.site.num_experts))
+        num_experts = self.site.num_experts
+        self.register_load_state_dict_post_hook(lambda module, _: tables.check_table(module.table, num_experts))
 
     def experts(self, tokens: Tokens) -> Tensor:
         """(B, S, N) the experts of each token."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,33 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(corpus, tmp_path, tmp_path_factory) -> list[str]:
     """Overrides that make a run of a second on the small corpus; runs go to tmp_path/runs."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
+    return tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def arm(corpus, tmp_path_factory) -> Callable[[str], list[str]]:
+    """The words that choose a router, to stand after tiny's; what it needs of trained runs is made once."""
+    from training.job import run
+
+    runs = tmp_path_factory.mktemp("baselines")
+    words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
+
+    def choose(name: str) -> list[str]:
+        config = compose_config(f"router={name}")
+        chosen = [f"router={name}"]
+        if len(config.model.sparse_layers) > 1:
+            chosen.append("model.sparse_layers=[0,1]")
+        baseline = config.router.get("baseline")
+        if baseline:
+            trained = Path(baseline).name.split("-")[0]
+            run(compose_config(*words, f"router={trained}"))
+            chosen.append(f"router.baseline={runs}/{trained}-s0-*")
+        return chosen
+
+    return choose
+
+
+def tiny_words(corpus: Path, cache: Path, runs: Path) -> list[str]:
     return [
         "data=text",
         f"data.corpus.files={corpus}/*.txt",
@@ -157,7 +184,7 @@ def tiny(corpus, tmp_path, tmp_path_factory) -> list[str]:
         "record.evaluate_every=6",
         "record.checkpoint_every=0",
         "wandb.mode=disabled",
-        f"runs={tmp_path}/runs",
+        f"runs={runs}",
     ]
 
 

@@ -45,7 +45,13 @@ def write_run(
         "data_fingerprint": fingerprint,
     }
     figures |= {"val/unigram_entropy": UNIGRAM, "tokens_per_second": 30000.0 + seed}
-    figures |= {"parameters/active": 745000, "parameters/total": 745000 if arm == "dense" else 1234567}
+    figures |= {
+        "train_flops_per_token": 4e6 if arm == "dense" else 5e6,
+        "peak_memory_bytes": 812345678,
+        "leaks": [],
+        "parameters/active": 745000,
+        "parameters/total": 745000 if arm == "dense" else 1234567,
+    }
     for split, loss in (("val", ce - 0.01), ("test", ce)):
         figures |= {f"{split}/ce": loss, f"{split}/perplexity": math.exp(loss)}
     (folder / "result.json").write_text(json.dumps(figures | result))
@@ -268,3 +274,24 @@ def test_counts_are_readable(count, text):
 
 def test_metrics_of_a_run_that_has_written_none_are_empty(tmp_path):
     assert read_metrics(tmp_path).empty
+
+
+def test_costs_stand_beside_the_references(whole, tmp_path):
+    printed = report("quickstart", whole, tmp_path / "results")
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["Dense", "4.0M", "1.00", "745k", "1.00", "0.81", "GB"] in rows
+    assert ["Switch", "5.0M", "1.25", "1.2M", "1.66", "0.81", "GB"] in rows  # 5 / 4; 1,234,567 / 745,000
+
+
+def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path):
+    runs = tmp_path / "runs"
+    arms = {"dense": 5.3} | {f"arm_{number:02}": 5.3 - number / 100 for number in range(14)}
+    folders = [write_run(runs, arm, seed, ce) for arm, ce in arms.items() for seed in range(2)]
+    leaks = ["future in evaluation", "future in training"]
+    folders += [write_run(runs, "seer", seed, 2.0, leaks=leaks) for seed in range(2)]
+    write_sweep(runs, folders, "many")
+    printed = report("many", runs, tmp_path / "results")
+    assert "differences with their intervals" in printed
+    assert "seer ‡" in printed
+    assert "‡ routes by what comes after a token" in printed
+    assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0
