@@ -4,8 +4,6 @@ E experts, V vocabulary
 """
 
 import torch
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from routers.tables import Keys
@@ -13,6 +11,9 @@ from routers.tables import Keys
 
 def clusters(keys: Keys) -> tuple[Tensor, Tensor]:
     """k-means of the baseline's token embeddings, E clusters, over types: cluster (V,) and distances (V, E)."""
+    from sklearn.cluster import KMeans  # takes seconds to import, and other tables do not need it
+    from threadpoolctl import threadpool_limits
+
     assert keys.site.baseline is not None
     embedding = keys.site.baseline.get_parameter("embedding").detach().double().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=keys.generator))
