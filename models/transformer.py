@@ -195,10 +195,9 @@ class Transformer(nn.Module):
     def prepare(self, batch: Batch) -> tuple[Batch, dict[int, Plan]]:
         """What tokens alone decide, made ahead on the batch's device: the baseline's prediction, and plans."""
         if any(router.uses_prediction for router in self.routers.values()):
-            baseline, device = self.unregistered[0], batch.target.device
+            baseline = self.unregistered[0]
             assert baseline is not None, "a router reads predictions, but there is no baseline"
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                predicted = baseline.to(device)(batch.tokens, document=batch.document).logits.argmax(-1)
+            predicted = baseline.infer(batch.tokens, batch.document).logits.argmax(-1)
             batch = batch._replace(tokens=batch.tokens._replace(predicted=predicted))
         plans = {layer: router.plan(batch.tokens) for layer, router in self.routers.items()}
         return batch, {layer: plan for layer, plan in plans.items() if plan is not None}
@@ -219,6 +218,14 @@ class Transformer(nn.Module):
                 routings[layer] = routing
         aux_loss = sum((r.aux_loss for r in routings.values()), torch.zeros((), device=x.device))
         return Output(self.norm(x) @ self.embedding.T, routings, aux_loss)
+
+    @torch.no_grad()
+    def infer(self, tokens: Tokens, document: Tensor | None = None) -> Output:
+        """A forward pass of a trained model on its own device, there in bf16 if it is a GPU."""
+        device = self.embedding.device
+        tokens = Tokens(*(None if tensor is None else tensor.to(device) for tensor in tokens))  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return self(tokens, document=None if document is None else document.to(device))
 
     def parameter_counts(self) -> dict[str, int]:
         """active: parameters that touch one token's output; total: all of them, tables and baselines left out."""

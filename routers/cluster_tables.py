@@ -18,7 +18,7 @@ def clusters(keys: Keys) -> tuple[Tensor, Tensor]:
     embedding = keys.site.baseline.get_parameter("embedding").detach().double().cpu().numpy()
     seed = int(torch.randint(2**31, (), generator=keys.generator))
     with threadpool_limits(1):  # the order of threads would be in the sums
-        means = KMeans(keys.site.num_experts, n_init=3, random_state=seed).fit(embedding)
+        means = KMeans(keys.site.num_experts, n_init=3, random_state=seed).fit(embedding)  # type: ignore[arg-type]
         return torch.from_numpy(means.labels_).long(), torch.from_numpy(means.transform(embedding))
 
 

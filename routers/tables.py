@@ -71,12 +71,13 @@ def distilled_table(keys: Keys) -> Tensor:
     seen, experts = 0, torch.zeros(len(keys.counts) * site.num_experts, dtype=torch.int64)
     assert teacher is not None and site.training_text is not None
     for tokens in site.training_text():
-        routing = teacher(tokens).routings.get(site.layer)
+        routing = teacher.infer(tokens).routings.get(site.layer)  # type: ignore[operator]
         if routing is None or teacher.num_experts != site.num_experts:
             wanted = f"a routed layer {site.layer} with {site.num_experts} experts"
             raise ValueError(f"router.baseline must be a run with {wanted} for router.table=distilled")
-        pair = tokens.id.reshape(-1).index_select(0, routing.token) * site.num_experts + routing.expert
-        experts += count(pair, len(experts), (routing.weight > 0).long())
+        token, expert, weight = routing.token.cpu(), routing.expert.cpu(), routing.weight.cpu()
+        pair = tokens.id.reshape(-1).index_select(0, token) * site.num_experts + expert
+        experts += count(pair, len(experts), (weight > 0).long())
         seen += tokens.id.numel()
         if seen >= TEACHER_TOKENS:
             break

@@ -22,7 +22,7 @@ from routers.audit import card
 from routers.features import Token
 from routers.hash import Lookup
 from training.build import open_data, router_maker
-from training.checkpoint import load_baseline, require_same_data
+from training.checkpoint import CPU, load_baseline, require_same_data
 from training.compose import composed
 from training.preflight import read
 from training.settings import Settings
@@ -97,7 +97,7 @@ def tables_of(settings: Settings, layer: int | None, first: bool) -> tuple[Prepa
     prepared = open_data(settings)
     if settings.router.get("baseline"):
         require_same_data(Path(settings.router["baseline"]), prepared)
-    router, lookups = router_maker(settings, prepared, load_baseline(settings)), {}
+    router, lookups = router_maker(settings, prepared, load_baseline(settings, CPU)), {}
     for place in layers if layer is None else [layer]:
         lookup = next((part for part in router(place).modules() if isinstance(part, Lookup)), None)
         if lookup is not None:

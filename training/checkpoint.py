@@ -25,6 +25,7 @@ from training.preflight import read
 from training.settings import Settings
 
 MANIFEST = "manifest.json"
+CPU = torch.device("cpu")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -129,7 +130,7 @@ def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
 
 
 class LoadedRun(NamedTuple):
-    model: Transformer  # on the CPU, in evaluation mode, with the final weights
+    model: Transformer  # in evaluation mode, with the final weights
     settings: Settings
     prepared: Prepared  # data and tokenizer
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
@@ -144,19 +145,19 @@ def require_same_data(folder: Path, prepared: Prepared) -> None:
         raise ValueError(f"{folder} was trained on data {trained_on[:12]}, {rule}, {prepared.fingerprint[:12]}")
 
 
-def load_baseline(settings: Settings) -> Transformer | None:
+def load_baseline(settings: Settings, device: torch.device) -> Transformer | None:
     """The trained model that router.baseline names, frozen; None if there is none. Raises ValueError as load_run does,
     and if its sequences are shorter."""
     if not settings.router.get("baseline"):
         return None
-    baseline = load_run(settings.router["baseline"]).model.requires_grad_(False)
+    baseline = load_run(settings.router["baseline"], device).model.requires_grad_(False)
     if baseline.sequence_length < settings.data.sequence_length:
         rule = f"must see sequences of data.sequence_length = {settings.data.sequence_length}"
         raise ValueError(f"router.baseline {rule}; {settings.router['baseline']} sees {baseline.sequence_length}")
     return baseline
 
 
-def load_run(folder: str | Path) -> LoadedRun:
+def load_run(folder: str | Path, device: torch.device = CPU) -> LoadedRun:
     """A run from its folder. Raises ValueError if it is none, has kept no weights, or its data is another now."""
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
@@ -167,7 +168,7 @@ def load_run(folder: str | Path) -> LoadedRun:
         raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
     prepared = open_data(settings)
     require_same_data(folder, prepared)
-    model = make_model(settings, prepared, torch.device("cpu"), load_baseline(settings))
+    model = make_model(settings, prepared, device, load_baseline(settings, device)).to(device)
     model.load_state_dict(load_file(last / "model.safetensors"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = folder / "result.json"

@@ -79,7 +79,7 @@ def run(config: DictConfig) -> int:
 def _train(opened: Run) -> int:
     settings, prepared, folder = opened.settings, opened.prepared, opened.folder
     train, began, device = settings.train, time.perf_counter(), choose_device(settings)
-    model = make_model(settings, prepared, device, checkpoint.load_baseline(settings)).to(device)
+    model = make_model(settings, prepared, device, checkpoint.load_baseline(settings, device)).to(device)
     optimizer, losses = make_optimizer(model, train), make_losses(settings, model, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     require_space(folder, 7 * weights)  # for two checkpoints, each three times as large
