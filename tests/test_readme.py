@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -50,3 +51,28 @@ def test_the_tree_in_readme_is_true():
 def test_the_table_in_readme_is_the_committed_one():
     table = (ROOT / "results" / "smoke" / "quickstart" / "table.md").read_text()
     assert "\n".join(line for line in table.splitlines() if line.startswith("|")) in README
+
+
+def test_a_third_partys_router_is_trained_tabled_and_certified_from_a_folder_of_its_own(tiny, tmp_path):
+    """README's commands, at a small size; nothing in this repository changes."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "modulo.py").write_text(block("routers/modulo.py"))
+    (tmp_path / "conf" / "router").mkdir(parents=True)
+    yaml_text = block("conf/router/modulo.yaml").replace("routers.modulo", "mine.modulo")
+    (tmp_path / "conf" / "router" / "modulo.yaml").write_text(yaml_text)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    own = [f"hydra.searchpath=[file://{tmp_path}/conf]", "extra_packages=[mine]"]
+
+    def python(*words: str) -> str:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    python(str(ROOT / "run.py"), "-m", "sweeps=quickstart", "router=dense,modulo", "seed=0", *tiny, *own)
+    assert "modulo" in python("-m", "analysis.report", "quickstart")
+    assert "passed" in python("-m", "routers.certify", "router=modulo", "--quick", *own)
+    unknown = [sys.executable, str(ROOT / "run.py"), "router=modulo", own[0]]
+    refused = subprocess.run(unknown, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "see extra_packages" in refused.stderr
