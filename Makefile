@@ -17,7 +17,7 @@ routers: .venv/installed  # every method once; some need a trained run of dense 
 	@$(BIN)/python -m analysis.report routers
 
 test: .venv/installed
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	@$(BIN)/ruff format --check .

@@ -59,7 +59,7 @@ class Experts(ExpertLayer):
 
 
 class SegmentedExperts(Experts):
-    """Multi-hash experts (Hash Layers, section 3.2): both matrices cut into N segments, each from an expert of its own.
+    """Both matrices cut into N segments, each from an expert of its own (Roller et al., arXiv 2106.04426, section 3.2).
 
     v = act([x A_1^{k_1}, ..., x A_N^{k_N}]), y = [v B_1^{k_1}, ..., v B_N^{k_N}]; A (D, F/N), B (F, D/N). Parameters
     and FLOPs are those of E experts and of one FFN. Raises ValueError if N does not divide D and F into multiples of 8.
@@ -85,7 +85,7 @@ class SegmentedExperts(Experts):
 
 
 class StackedExperts(ExpertLayer):
-    """BASE's experts: L residual sub-layers x + ffn(norm(x)), W_out from zero (Lewis et al., arXiv 2103.16716).
+    """Stacks of L residual sub-layers x + ffn(norm(x)), W_out from zero (Lewis et al., arXiv 2103.16716).
 
     Returns what the stack adds to its input. norm is LayerNorm without bias, its gain each expert's own. Raises
     ValueError without a sub-layer.

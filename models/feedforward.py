@@ -28,7 +28,7 @@ class SparseFeedForward(nn.Module):
     def __init__(self, experts: ExpertLayer, router: Router, shared: Experts | None, path: str):
         super().__init__()
         if experts.segments != router.segments:
-            rule = "must be as many as the router's hashes (experts=segmented)"
+            rule = "must be as many as the router asks for (experts=segmented)"
             raise ValueError(f"experts.segments {rule}: {router.segments}; got {experts.segments}")
         self.experts, self.router, self.shared, self.path = experts, router, shared, path
 

@@ -43,7 +43,7 @@ def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert
         f"text: {' and '.join(texts)} (data {prepared.fingerprint[:12]})",
     ]
     blocks = ["\n".join(head), loads(parts, seen)]
-    if every_expert:
+    if every_expert or max(part.sizes[0] for part in parts.values()) <= 64:
         blocks.append(all_loads(parts, seen))
     return "\n\n".join([*blocks, collisions(parts, seen["training"]), common(parts, seen["training"])])
 

@@ -84,8 +84,9 @@ def case_of(settings: DictConfig) -> Case:
     numbers = [] if in_file else [2**power for power in range(2, 12) if 2**power < wanted]
     for number in numbers:
         with contextlib.suppress(ValueError):
-            case(number).model(0)
-            return case(number)
+            routers = case(number).model(0).routers.values()
+            if number >= 2 * max(router.experts_per_token // router.segments for router in routers):
+                return case(number)  # with fewer, all experts see a token and nothing is left to decide
     case(wanted).model(0)
     return case(wanted)
 

@@ -142,13 +142,5 @@ class Split(Feature):
         return torch.where(start < 0, tokens.id, start + mix(tokens.previous, self.salt) % self.buckets)
 
 
-FEATURES: dict[str, type[Feature]] = {
-    "token": Token,
-    "previous": Previous,
-    "next_token": NextToken,
-    "predicted": Predicted,
-    "position": Position,
-    "bigram": Bigram,
-    "bigram_mod": BigramMod,
-    "split": Split,
-}
+FEATURES: dict[str, type[Feature]] = {"token": Token, "previous": Previous, "next_token": NextToken}
+FEATURES |= {"predicted": Predicted, "position": Position, "bigram": Bigram, "bigram_mod": BigramMod, "split": Split}

@@ -38,7 +38,10 @@ class GatedHash(Lookup):
         self.experts_per_token, self.forward_flops = k, 2 * site.d_model * site.num_experts
         self.weigh = GATES[gate]
         self.gate = gate_parameter(site)
-        self.hold(self.draw(0, k))
+        drawn = self.draw(0, k)
+        if file is not None and any(len(set(row)) < k for row in drawn.tolist()):
+            raise ValueError(f"router.file={file}: a key's {k} experts must be different")
+        self.hold(drawn)
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Routing:
         expert = self.experts(tokens)  # (B, S, k)

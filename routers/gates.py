@@ -56,10 +56,14 @@ def balance_loss(choice: Tensor, probability: Tensor) -> Tensor:
     return choice.shape[-1] * (share * mean_probability).sum(-1).mean()
 
 
-def z_loss(scores: Tensor, tokens: Tokens) -> Tensor:
-    """The mean over real tokens of logsumexp(scores)^2 (ST-MoE, arXiv 2202.08906, eq. 5). scores (B, S, E)."""
-    real = tokens.real.to(scores.dtype)
-    return (scores.logsumexp(-1).square() * real).sum() / real.sum().clamp(min=1)
+def z_loss(scores: Tensor, tokens: Tokens, group: int) -> Tensor:
+    """The mean over a group's real tokens of logsumexp(scores)^2 (ST-MoE, arXiv 2202.08906, eq. 5), and over groups.
+
+    scores (B, S, E).
+    """
+    real = tokens.real.view(-1, group * tokens.real.shape[1]).to(scores.dtype)  # (G, N)
+    squares = scores.logsumexp(-1).square().view(real.shape) * real
+    return (squares.sum(1) / real.sum(1).clamp(min=1)).mean()
 
 
 def within_capacity(choice: Tensor, capacity_factor: float) -> Tensor:

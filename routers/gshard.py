@@ -39,7 +39,7 @@ class GShard(Router):
         if load_balance_coef < 0:
             raise ValueError(f"router.load_balance_coef must not be negative; got {load_balance_coef}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and factor <= 0:
+            if factor is not None and not 0 < factor < float("inf"):
                 raise ValueError(f"router.{name} must be above 0, or null for no limit; got {factor}")
         self.load_balance_coef = load_balance_coef
         self.capacity_factors = {True: capacity_factor, False: eval_capacity_factor}  # by self.training

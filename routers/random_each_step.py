@@ -16,6 +16,7 @@ class RandomEachStep(Router):
     to the bit and knows nothing of batch mates, and is as random as training.
     """
 
+    trains_differently = True
     salt: Tensor
 
     def __init__(self, site: Site):

@@ -40,7 +40,7 @@ class Switch(Router):
             if value not in known:
                 raise ValueError(f"router.{name} must be one of {', '.join(known)}; got {value}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and factor <= 0:
+            if factor is not None and not 0 < factor < float("inf"):
                 raise ValueError(f"router.{name} must be above 0, or null for no limit; got {factor}")
         for name, coef in (("load_balance_coef", load_balance_coef), ("z_loss_coef", z_loss_coef)):
             if coef < 0:
@@ -68,7 +68,7 @@ class Switch(Router):
         choice = choices(expert[..., None], tokens, self.site)
         aux_loss = self.load_balance_coef * balance_loss(choice, probability)
         if self.z_loss_coef > 0:
-            aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens)
+            aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens, self.site.routing_group)
         if self.straight_through:
             weight = weight / weight.detach()
         kept, capacity_factor = tokens.real, self.capacity_factors[self.training]

@@ -93,16 +93,18 @@ def file_table(keys: Keys) -> Tensor:
     own = f"layers.{keys.site.layer}.tid2eid"
     try:
         tensors = load_file(keys.file or "")
-        table = tensors[own if own in tensors else "tid2eid"].long()
+        table = tensors[own if own in tensors else "tid2eid"]
     except (OSError, KeyError, SafetensorError) as error:
         rule = f"is no safetensors file with a tensor tid2eid, or {own}"
         raise ValueError(f"router.file={keys.file} {rule}: {error}") from error
+    if table.is_floating_point():
+        raise ValueError(f"router.file={keys.file}: tid2eid must hold whole numbers; got {table.dtype}")
     if table.shape != (len(keys.counts), keys.k):
         raise ValueError(
             f"router.file={keys.file}: tid2eid must be (keys, experts of a key) = {(len(keys.counts), keys.k)}; "
             f"got {tuple(table.shape)}"
         )
-    return table
+    return table.long()
 
 
 def check_table(table: Tensor, num_experts: int) -> None:

@@ -49,5 +49,5 @@ class TopK(Router):
         choice = choices(expert, tokens, self.site)
         aux_loss = self.load_balance_coef * balance_loss(choice, log_score.softmax(-1))
         if self.z_loss_coef > 0:
-            aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens)
+            aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens, self.site.routing_group)
         return some_each(expert, weight * tokens.real[..., None], aux_loss)

@@ -55,7 +55,8 @@ class Queue:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits that: Ctrl-C reaches jobs by this process
+        for each in (signal.SIGINT, signal.SIGTERM):  # the server inherits that: only this process stops jobs, also if
+            signal.signal(each, signal.SIG_IGN)  # Ctrl-C or a cluster signals the whole group
         forkserver.set_forkserver_preload([*self.preload, self.target.__module__])
         forkserver.ensure_running()
 
@@ -129,6 +130,7 @@ def send(process: ForkServerProcess, number: int) -> bool:
 def child(target: Callable[[DictConfig], int], job: Job, grace_seconds: float) -> None:
     """What a job's process does: a session of its own, its output into console.log, then the target."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_launcher, args=(grace_seconds,), daemon=True).start()
     os.environ.update(job.slot)
     sys.stdout = open(job.folder / "console.log", "a", buffering=1)  # by lines: a killed job loses none

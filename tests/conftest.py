@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ VOCAB, LENGTH, WIDTH, EXPERTS = 40, 12, 16, 4
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def two_cores():
+    """Two workers of one thread each, or one of two."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +85,17 @@ def make_transformer(make_router=None, num_experts: int = EXPERTS, seed: int = 0
     return Transformer(settings, VOCAB, LENGTH, num_experts, make_router, make_experts, seed, path, **more)
 
 
+@functools.cache
+def config_of(name: str) -> DictConfig:
+    """What router=<name> composes to; not to be changed."""
+    return compose_config(f"router={name}")
+
+
 def model_of(name: str | None, site: dict | None = None, **changes) -> Transformer:
     """The small model around the router that conf/router/<name>.yaml describes, its experts and its placement."""
     if name is None:
         return make_transformer(**changes)
-    config = compose_config(f"router={name}")
+    config = config_of(name)
     options = {str(k): v for k, v in config.experts.items() if k not in ("_target_", "num_shared")}
     kind = getattr(experts, config.experts["_target_"].rpartition(".")[2])
     parts = {"kind": kind, "options": options, "num_shared": config.experts.num_shared}
@@ -147,7 +155,7 @@ def arm(corpus, tmp_path_factory) -> Callable[[str], list[str]]:
     words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
 
     def choose(name: str) -> list[str]:
-        config = compose_config(f"router={name}")
+        config = config_of(name)
         chosen = [f"router={name}"]
         if len(config.model.sparse_layers) > 1:
             chosen.append("model.sparse_layers=[0,1]")
@@ -192,7 +200,7 @@ def router_of(name: str, site: Site) -> Router:
     """The router that conf/router/<name>.yaml describes."""
     from training.targets import target
 
-    node = {str(k): v for k, v in compose_config(f"router={name}").router.items() if k != "baseline"}
+    node = {str(k): v for k, v in config_of(name).router.items() if k != "baseline"}
     found, options = target(node, skip=1)
     return found(site, **options)
 
@@ -211,3 +219,13 @@ def check(routing: Routing, num_tokens: int, num_experts: int) -> None:
 
 
 ROUTERS = sorted(p.stem for p in (ROOT / "conf" / "router").glob("*.yaml") if "_target_: null" not in p.read_text())
+
+# Yamls that run the code of another one with other values: the slow tests of them are in the long form.
+LIKE_ANOTHER = ["hash_random", "hash_modulo", "hash_clustered_balanced", "hash_dispersed", "hash_dispersed_unbalanced"]
+LIKE_ANOTHER += ["hash_position", "hash_previous", "hash_previous_balanced", "hash_bigram_balanced", "hash_bigram_mod"]
+LIKE_ANOTHER += ["hash_switch_gate", "top_k_sigmoid", "loss_free_top_k", "switch_straight_through", "dense_wider"]
+
+
+def one_of_a_kind(names: list) -> list:
+    """Parameters for a slow test: those like another are marked long."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in LIKE_ANOTHER else name for name in names]

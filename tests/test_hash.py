@@ -184,7 +184,7 @@ def test_clusters_are_those_of_the_embeddings_and_dispersing_parts_them():
     assert loads["dispersed"] < 1.1 < loads["clustered"]
 
 
-def test_dispersed_by_hand():
+def test_dispersed_and_balanced_clusters_by_hand():
     # one cluster of four and one of two, counts falling: tokens 0..3 part over both experts by fewest, then least load
     class Two(torch.nn.Module):
         def __init__(self):
@@ -192,6 +192,9 @@ def test_dispersed_by_hand():
             self.embedding = torch.nn.Parameter(torch.tensor([[0.0], [0.1], [0.2], [0.1], [9.0], [9.1]]))
 
     site = make_site(num_experts=2, vocab_size=6, token_counts=torch.tensor([9, 8, 7, 6, 5, 4]), baseline=Two())
+    # balanced: 0 and 1 fill a cluster to 17 of 19.5; 2, 3 and 4 find room in the other; 5 nowhere, so the emptier
+    first, second, *rest = TABLES["clustered_balanced"](Keys(site.token_counts, site, generator("x"), 1, None))[:, 0]
+    assert [bool(expert == first) for expert in (second, *rest)] == [True, False, False, False, True]
     table = TABLES["dispersed"](Keys(site.token_counts, site, generator("x"), 1, None))[:, 0].tolist()
     # 0 -> expert 0 (load 9), 1 -> expert 1 (8); equal members, least load: 2 -> 1 (15), 3 -> 0 (15); 4 -> 0, 5 -> 1
     assert table == [0, 1, 1, 0, 0, 1]

@@ -8,6 +8,7 @@ from conftest import (
     make_site,
     make_transformer,
     model_of,
+    one_of_a_kind,
     router_of,
     shaken,
     some_batch,
@@ -120,7 +121,7 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert float(residual.detach().std()) == pytest.approx(0.02 / 2, rel=0.05)  # sqrt(2 * 2 layers) = 2
 
 
-@pytest.mark.parametrize("name", [*ROUTERS, None])
+@pytest.mark.parametrize("name", one_of_a_kind([*ROUTERS, None]))
 def test_the_future_moves_no_past_logit(name):
     """Declared leaks aside, which must be found."""
     model = shaken(model_of(name, sparse_layers=[0, 1]))
@@ -165,7 +166,7 @@ def test_documents_are_kept_apart_by_the_mask():
 @pytest.mark.parametrize(
     "changes", [{}, {"norm": "rmsnorm", "positions": "learned", "activation": "swiglu"}, {"activation": "gelu"}]
 )
-@pytest.mark.parametrize("name", [*ROUTERS, None])
+@pytest.mark.parametrize("name", one_of_a_kind([*ROUTERS, None]))
 def test_counts_agree_with_numel_and_the_flop_counter(name, changes):
     model = model_of(name, path="loop", **changes)
     counts = model.parameter_counts()
@@ -220,7 +221,7 @@ def test_the_vocabulary_is_the_models():
     assert make_transformer()(some_batch().tokens).logits.shape == (4, LENGTH, VOCAB)
 
 
-@pytest.mark.parametrize("name", [*ROUTERS, None])
+@pytest.mark.parametrize("name", one_of_a_kind([*ROUTERS, None]))
 def test_a_training_step_is_one_graph(name):
     """No graph break in any router's forward and backward; the compiler's own graph runs to the same values."""
     torch.compiler.reset()

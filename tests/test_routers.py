@@ -1,8 +1,9 @@
 import math
+import re
 
 import pytest
 import torch
-from conftest import EXPERTS, LENGTH, ROUTERS, VOCAB, WIDTH, check, make_site, router_of, shaken, some_batch
+from conftest import EXPERTS, LENGTH, ROOT, ROUTERS, VOCAB, WIDTH, check, make_site, router_of, shaken, some_batch
 
 from data.randomness import generator, uniform
 from routers.base_layers import BalancedAssignment
@@ -300,3 +301,22 @@ def test_a_site_never_depends_on_pythons_hash():
 
 
 GOLDEN_DRAW = [20, 9, 6]
+
+
+def test_no_file_of_a_router_is_long_and_nothing_shared_names_a_method():
+    for path in (ROOT / "routers").glob("*.py"):
+        limit = 180 if path.name == "routing.py" else 150  # the interface
+        assert len(path.read_text().splitlines()) <= limit, path.name
+    names = re.compile(
+        r"hash_|switch(?!yard)|\bbase_|sinkhorn|gshard|loss_free|stable_moe|expert_choice|multi-hash", re.I
+    )
+    for folder in ("models", "training", "analysis"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not re.findall(names, path.read_text(), re.I), path
+
+
+def test_the_z_loss_is_taken_group_by_group_so_that_padding_moves_no_other_group():
+    router, batch = make_switch(load_balance_coef=0.0, z_loss_coef=1.0).requires_grad_(False), some_batch(padding=7)
+    hidden = hidden_of(batch)
+    halves = [router(hidden[i : i + 2], batch.apply(lambda t, i=i: t[i : i + 2]).tokens).aux_loss for i in (0, 2)]
+    torch.testing.assert_close(router(hidden, batch.tokens).aux_loss, sum(halves) / 2)

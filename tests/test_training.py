@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import ROOT, compose_config, one_of_a_kind
 from safetensors.torch import load_file
 
 from training import checkpoint, job, loop
@@ -41,7 +41,7 @@ def final_state(folder):
     return load_file(last / "model.safetensors") | load_file(last / "optimizer.safetensors")
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", one_of_a_kind(ARMS))
 def test_a_run_writes_its_record_and_a_second_call_does_nothing(name, tiny, arm, capsys):
     config = compose_config(*tiny, *arm(name))
     assert run(config) == FINISHED
@@ -73,7 +73,7 @@ def test_a_run_writes_its_record_and_a_second_call_does_nothing(name, tiny, arm,
 STOPPED_EVERYWHERE = ("dense", "hash_balanced", "switch", "base", "loss_free", "stable_moe")  # others in the middle
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", one_of_a_kind(ARMS))
 def test_an_interrupted_run_equals_an_uninterrupted_one(name, tiny, arm, tmp_path, monkeypatch):
     words = [*tiny, *arm(name), "record.keep_optimizer=true"]
     words += ["router.jitter=0.1", "router.capacity_factor=1.0"] if name == "switch" else []

@@ -49,11 +49,15 @@ def _check_router(settings: Settings) -> None:
         found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
         kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
         if len(kept) != 1:
-            rule = "must name one finished run that kept its weights; python run.py router=dense makes one (for a table"
-            rule += " from a learned router: that router), with record.keep_weights=true and the same data and scale"
+            made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+            rule = f"must name one finished run that kept its weights; python run.py router={made_by} makes one,"
+            rule += " with record.keep_weights=true and the same seed, data and scale"
             names = ", ".join(sorted(run.name for run in kept)) or "none"
             raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
         settings.router["baseline"], stand_in = str(kept[0]), torch.nn.Identity()
+    if settings.num_experts > settings.data.vocab_size:
+        limit = f"at most data.vocab_size = {settings.data.vocab_size}"
+        raise ValueError(f"num_experts must be {limit}; got {settings.num_experts}")
     counts = torch.ones(settings.data.vocab_size, dtype=torch.int64)
     for layer in settings.model.sparse_layers:
         make_router(settings, layer, counts, baseline=stand_in)

@@ -7,8 +7,15 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
+from omegaconf import OmegaConf
+
 from data import corpora
 from models.transformer import ModelSettings
+
+# F of a dense model over F of a sparse one with as many parameters (conf/router/dense_equal_parameters.yaml).
+OmegaConf.register_new_resolver(
+    "dense_ff_factor", lambda experts, sparse, layers: 1 + len(sparse) * (experts - 1) / layers, replace=True
+)
 
 Rule = tuple[str, Callable[[Any], bool]]  # what preflight asks of a value besides its type: in words, and as a test
 

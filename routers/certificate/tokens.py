@@ -87,17 +87,20 @@ def broken_promises(routing: Routing, ffn: SparseFeedForward, batch: Batch) -> I
 
 def loads(case: Case) -> Finding:
     """Loads of a routing group: equal to one token where that is promised, reported for all."""
-    promised, spread, fullest = False, 0, 0.0
+    promised, spread, fullest, violated = False, 0, 0.0, 0.0
     for seed in range(TRIES):
         model = case.model(seed)
         batch = model.prepare(case.batch(seed, padding=seed))[0]
         for _, ffn in layers(model):
             routing, served = route(ffn, case.hidden(seed, alike=seed % 2 * 1.0), batch)
             load = (served > 0).unflatten(0, (-1, GROUP)).sum((1, 2, 3))  # (groups, E)
+            violated = max(violated, float(routing.report.get("plan_violation", torch.zeros(()))))
             if ffn.router.even_loads:
                 promised, spread = True, max(spread, int((load.amax(1) - load.amin(1)).max()))
             fullest = max(fullest, float((load.amax(1) / load.double().mean(1).clamp(min=1e-9)).max()))
     promise = f"at most {spread} apart, promised 1" if promised else "no promise of even loads"
+    if violated > 1e-3:
+        return Finding(FAILED, f"the plan's sums deviate by {violated:.1e}, 1e-3 allowed")
     return judged(spread <= 1, f"fullest expert {fullest:.2f} times the mean in training; {promise}")
 
 
@@ -107,8 +110,6 @@ def routes_alike(case: Case) -> Finding:
     for seed in range(2 * TRIES):
         models = [case.model(seed, training) for training in MODES.values()]
         batch = models[0].prepare(case.batch(seed))[0]
-        key = torch.zeros_like(batch.tokens.key)  # as in evaluation, whichever way routers are then told to route
-        batch = batch._replace(tokens=batch.tokens._replace(key=key))
         hidden = case.hidden(seed, alike=seed // 2 % 2 * 2.0)
         for layer, ffn in layers(models[0]):
             one, other = (route(f, hidden, batch)[1] for f in (ffn, models[1].sparse[layer]))
