@@ -223,6 +223,14 @@ class NeverLearns(Sound):
         self.spare = nn.Parameter(torch.ones(3))
 
 
+class LearnsByItsLossAlone(Sound):
+    def forward(self, hidden, tokens):
+        routing = super().forward(hidden, tokens)
+        return routing._replace(
+            weight=routing.weight.detach(), aux_loss=0.01 * self.scores(hidden, tokens).square().mean()
+        )
+
+
 class HasAnotherPlan(Sound):
     def plan(self, tokens):
         return make_plan(tokens.id.flatten() % self.site.num_experts, self.site.num_experts)
@@ -278,7 +286,7 @@ FAULTS = {
     "equal to a loop, float64": [HasAnotherPlan],
     "working path, float32": [HasAnotherPlan],
     "the same at any accumulation": [LossOfTheMicroBatch],
-    "learns where it should": [NeverLearns],
+    "learns where it should": [NeverLearns, LearnsByItsLossAlone],
     "gradients stay finite": [NaNAtBalance],
     "ties to the lowest expert": [HighestOnTies],
     "scores in float32": [HalfScores],

@@ -281,7 +281,7 @@ def test_segments_that_do_not_divide_the_sizes_are_refused(segments):
 
 
 def test_a_router_of_other_segments_than_the_experts_is_refused():
-    with pytest.raises(ValueError, match=r"experts.segments must be as many as the router's hashes.*: 2; got 1"):
+    with pytest.raises(ValueError, match=r"experts.segments must be as many as the router asks for.*: 2; got 1"):
         make_transformer(lambda layer: hash_router(layer, 2))
 
 

@@ -97,11 +97,11 @@ def one_expert_is_dense(case: Case) -> Finding:
 
 
 def same_at_any_accumulation(case: Case) -> Finding:
-    """Two groups at once or one after the other: outputs, gradients and the mean auxiliary loss."""
+    """Two groups at once or one after the other, the last one padded: outputs, gradients, the mean auxiliary loss."""
     furthest = 0.0
     for seed in range(TRIES):
         model = case.model(seed)
-        batch, hidden = model.prepare(case.batch(seed))[0], case.hidden(seed, alike=seed % 2 * 1.0)
+        batch, hidden = model.prepare(case.batch(seed, padding=3 * seed))[0], case.hidden(seed, alike=seed % 2 * 1.0)
         for _, ffn in layers(model):
             learned = [p for p in ffn.parameters() if p.requires_grad]
             y, routing = ffn(hidden, batch.tokens, None)

@@ -28,6 +28,9 @@ def learns_where_it_should(case: Case) -> Finding:
             y, routing = ffn(case.hidden(seed, rows=8), batch.tokens, None)
             if any(buffer.requires_grad for buffer in ffn.router.buffers()):
                 return Finding(FAILED, "a buffer gets a gradient")
+            weighed = bool(((routing.weight != 0) & (routing.weight != 1)).any())
+            if learned and weighed and not routing.weight.requires_grad:
+                return Finding(FAILED, "weights are neither 0 nor 1, and no gradient flows through them")
             if not list(ffn.router.parameters()) and (float(routing.aux_loss) != 0 or routing.weight.requires_grad):
                 return Finding(FAILED, "there is nothing to learn, but a loss or a gradient through the weights")
             found = gradients(projected(y, routing.aux_loss), list(learned.values()))
