@@ -94,7 +94,7 @@ def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
     ("name", "content", "options", "message"),
     [
         ("a.txt", b"fine\nb\xffd\n", {}, r"a\.txt, line 2: damaged, or not UTF-8: .* invalid start byte"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], {}, r"a\.txt\.gz, line \d: damaged"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], {}, r"a\.txt\.gz, line \d: damaged"),
         ("a.txt.gz", b"not packed", {}, r"a\.txt\.gz, line 0: damaged"),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-20], {}, r"a\.txt\.xz, line \d: damaged"),
         ("a.txt.xz", b"not packed", {}, r"a\.txt\.xz, line 0: damaged"),
