@@ -31,11 +31,12 @@ class Batch(NamedTuple):
     tokens: Tokens
     target: Tensor  # (B, S) int64, the next token of the stream
     document: Tensor  # (B, S) int64, the number of the input token's document in its split
+    counted: Tensor  # (B, S) bool, whether the target enters the loss: never on padding
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
         tokens = Tokens(*(None if tensor is None else change(tensor) for tensor in self.tokens))  # type: ignore[arg-type]
-        return Batch(tokens, change(self.target), change(self.document))
+        return Batch(tokens, change(self.target), change(self.document), change(self.counted))
 
 
 def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> Batch:
@@ -46,7 +47,7 @@ def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> B
     following = torch.where(ends, END, target)
     position = torch.arange(token.shape[1]).expand_as(token)
     tokens = Tokens(token, previous, following, position, real, key)
-    return Batch(tokens, target, document[:, :-1]).apply(Tensor.contiguous)
+    return Batch(tokens, target, document[:, :-1], real).apply(Tensor.contiguous)
 
 
 class Split:

@@ -13,8 +13,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
+
+
+class Segment(NamedTuple):
+    """A part of a document: what is encoded, and whether its tokens enter the loss."""
+
+    text: str
+    counted: bool
+
+
+Document = str | tuple[Segment, ...]  # of a plain text every token counts
 
 
 @dataclass

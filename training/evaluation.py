@@ -20,10 +20,10 @@ Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (
 
 
 def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan]) -> Losses:
-    """Cross-entropy (B, S) in nats, 0 on padding; the routings; the summed auxiliary loss."""
+    """Cross-entropy (B, S) in nats, 0 where the target does not count; the routings; the summed auxiliary loss."""
     output = model(batch.tokens, plans, batch.document)
     ce = cross_entropy(at_least_float32(output.logits).flatten(0, 1), batch.target.flatten(), reduction="none")
-    return ce.view(batch.target.shape) * batch.tokens.real, output.routings, output.aux_loss
+    return ce.view(batch.target.shape) * batch.counted, output.routings, output.aux_loss
 
 
 def frequency_deciles(token_counts: Tensor) -> Tensor:
@@ -65,10 +65,11 @@ def evaluate(
         for batch in evaluation_batches(split, batch_size):
             moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
             ce, routings, _ = losses(moved, plans)
-            real = batch.tokens.real.numpy()
-            values = ce.double().cpu().numpy()[real]
+            counted = batch.counted.numpy()
+            values = ce.double().cpu().numpy()[counted]
             for name, place in (("document", batch.document.numpy()), ("decile", deciles[batch.target.numpy()])):
-                sums[name] += [np.bincount(place[real], w, len(sums[name][0])) for w in (values, np.ones_like(values))]
+                weights = values, np.ones_like(values)
+                sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
             for layer, routing in routings.items():
                 token = moved.tokens.id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
