@@ -25,6 +25,16 @@ class Tokens(NamedTuple):
     predicted: Tensor | None = None  # (B, S) a frozen baseline's argmax of next, only if a router reads it
 
 
+class Source(NamedTuple):
+    """What the encoder of an encoder-decoder reads (data.source): (B, R) tokens that are no target of the batch."""
+
+    tokens: Tokens
+    document: Tensor  # (B, R) int64, numbered as the batch's
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Source":
+        return Source(_changed(self.tokens, change), change(self.document))
+
+
 class Batch(NamedTuple):
     """One step's input: tokens for the model, targets for the loss, documents for masks and for evaluation."""
 
@@ -32,6 +42,7 @@ class Batch(NamedTuple):
     target: Tensor  # (B, S) int64, the next token of the stream
     document: Tensor  # (B, S) int64, the number of the input token's document in its split
     counted: Tensor  # (B, S) bool, whether the target enters the loss: never on padding
+    source: Source | None = None  # of an encoder-decoder, once it is made ready
 
     @property
     def target_document(self) -> Tensor:
@@ -40,8 +51,20 @@ class Batch(NamedTuple):
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
-        tokens = Tokens(*(None if tensor is None else change(tensor) for tensor in self.tokens))  # type: ignore[arg-type]
-        return Batch(tokens, change(self.target), change(self.document), change(self.counted))
+        source = None if self.source is None else self.source.apply(change)
+        tokens = _changed(self.tokens, change)
+        return Batch(tokens, change(self.target), change(self.document), change(self.counted), source)
+
+    def routed(self, in_encoder: bool) -> Tokens:
+        """The tokens that sparse layers of this side see."""
+        if not in_encoder:
+            return self.tokens
+        assert self.source is not None, "there is no source to route"
+        return self.source.tokens
+
+
+def _changed(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
+    return Tokens(*(None if tensor is None else change(tensor) for tensor in tokens))  # type: ignore[arg-type]
 
 
 def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor, counted: Tensor | None = None) -> Batch:

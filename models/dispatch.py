@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import embedding, grouped_mm
 
-from models.experts import ExpertLayer
+from models.experts import ExpertLayer, with_bias
 from routers.routing import Plan, Routing, make_plan
 
 PATHS = ("auto", "grouped_mm", "loop")
@@ -55,19 +55,24 @@ def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: ExpertLaye
     return y.flatten(1) if fan_out == segments else y.sum(1)
 
 
-def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Rows of group g times weight[g], in autocast's type where that is on. x (A, K), weight (G, K, N) -> (A, N).
 
-    offsets (G,) int32: where each group of rows ends.
+    bias (G, N) or None; offsets (G,) int32: where each group of rows ends.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    return grouped_mm(x, weight, offs=offsets)
+    y = grouped_mm(x, weight, offs=offsets)
+    if bias is None:
+        return y
+    group = torch.searchsorted(offsets, torch.arange(len(x), dtype=offsets.dtype, device=x.device), right=True)
+    return with_bias(y, embedding(group, bias))
 
 
-def looped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def looped(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """The same, one group after the other: the oracle, for every dtype. Waits for the device."""
     sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), weight)])
+    biases = [None] * len(weight) if bias is None else bias
+    return torch.cat([with_bias(rows @ matrix, b) for rows, matrix, b in zip(x.split(sizes), weight, biases)])

@@ -34,7 +34,8 @@ class Feature(nn.Module):
         if self.site.training_text is None:
             return torch.ones(self.size, dtype=torch.int64)
         total = torch.zeros(self.size, dtype=torch.int64)
-        for tokens in self.site.training_text():
+        for batch in self.site.training_text():
+            tokens = batch.routed(self.site.in_encoder)
             total += count(self(tokens).reshape(-1), self.size, tokens.real.reshape(-1).long())
         return total
 

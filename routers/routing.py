@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batches import Tokens
+from data.batches import Batch, Tokens
 from data.randomness import generator
 
 
@@ -55,8 +55,9 @@ class Site:
     seed: int
     sequence_length: int
     sparse_layers: tuple[int, ...]  # in rising order; layer is one of them
-    training_text: Callable[[], Iterable[Tokens]] | None = field(default=None, repr=False)  # None: options are checked
+    training_text: Callable[[], Iterable[Batch]] | None = field(default=None, repr=False)  # None: options are checked
     baseline: nn.Module | None = field(default=None, repr=False)  # the trained model that router.baseline names
+    in_encoder: bool = False  # the tokens it sees are the encoder's, batch.routed(in_encoder)
 
     def generator(self, *names: object) -> torch.Generator:
         """A generator seeded by (seed, layer, names) alone."""

@@ -70,8 +70,9 @@ def distilled_table(keys: Keys) -> Tensor:
     teacher, site = keys.site.baseline, keys.site
     seen, experts = 0, torch.zeros(len(keys.counts) * site.num_experts, dtype=torch.int64)
     assert teacher is not None and site.training_text is not None
-    for tokens in site.training_text():
-        routing = teacher.infer(tokens).routings.get(site.layer)  # type: ignore[operator]
+    for batch in site.training_text():
+        tokens = batch.routed(site.in_encoder)
+        routing = teacher.infer(batch).routings.get(site.layer)  # type: ignore[operator]
         if routing is None or teacher.num_experts != site.num_experts:
             wanted = f"a routed layer {site.layer} with {site.num_experts} experts"
             raise ValueError(f"router.baseline must be a run with {wanted} for router.table=distilled")

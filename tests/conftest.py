@@ -18,7 +18,8 @@ from data.randomness import generator, mix
 from data.tokenizer import BEGIN, END
 from models import experts
 from models.experts import Experts
-from models.transformer import ModelSettings, Transformer
+from models.settings import ModelSettings
+from models.transformer import Transformer
 from routers.routing import Router, Routing, Site
 from routers.switch import Switch
 
@@ -43,7 +44,7 @@ def make_site(**changes) -> Site:
     counts = torch.arange(VOCAB, 0, -1) ** 2
     site = {"layer": 1, "num_experts": EXPERTS, "d_model": WIDTH, "vocab_size": VOCAB, "token_counts": counts}
     site |= {"begin": BEGIN, "end": END, "routing_group": 2, "seed": 0, "sequence_length": LENGTH}
-    site |= {"sparse_layers": (0, 1), "training_text": lambda: [some_batch(16, seed=9).tokens]}
+    site |= {"sparse_layers": (0, 1), "training_text": lambda: [some_batch(16, seed=9)]}
     site = Site(**site | changes)
     return site if "baseline" in changes else dataclasses.replace(site, baseline=some_baseline(site.num_experts))
 
@@ -75,7 +76,9 @@ def make_transformer(make_router=None, num_experts: int = EXPERTS, seed: int = 0
     settings = {"num_layers": 2, "d_model": WIDTH, "d_ff": 32, "num_heads": 2, "norm": "layernorm", "dispatch": "auto"}
     settings |= {"positions": "rotary", "activation": "relu", "sparse_layers": [1], "placement": "replace"}
     kind, options = changes.pop("kind", Experts), changes.pop("options", {})
-    more = {key: changes.pop(key) for key in ("num_shared", "mask_documents", "baseline") if key in changes}
+    more = {
+        key: changes.pop(key) for key in ("num_shared", "mask_documents", "baseline", "source_length") if key in changes
+    }
     settings = ModelSettings(**settings | changes)
     settings.check()
 

@@ -6,9 +6,10 @@ from torch.nn.functional import gelu, relu, silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import generator
+from models.blocks import Inserted
 from models.experts import Experts, SegmentedExperts, StackedExperts
 from models.feedforward import FeedForward, SparseFeedForward
-from models.transformer import Inserted, ModelSettings
+from models.settings import ModelSettings
 from routers.base_layers import BalancedAssignment
 from routers.gated_hash import GatedHash
 from routers.hash import Hash

@@ -86,7 +86,7 @@ def test_split_parts_heavy_tokens_by_the_token_before_and_no_others():
 def test_keys_are_counted_over_the_real_tokens_of_the_training_text():
     batch = some_batch(padding=5)
     for name in ("previous", "next_token", "bigram", "bigram_mod", "split"):
-        feature = FEATURES[name](make_site(training_text=lambda: [batch.tokens, batch.tokens]), 32)
+        feature = FEATURES[name](make_site(training_text=lambda: [batch, batch]), 32)
         expected = torch.bincount(feature(batch.tokens)[batch.tokens.real], minlength=feature.size)
         assert torch.equal(feature.counts(), 2 * expected)
     assert torch.equal(FEATURES["position"](make_site(), 1).counts(), torch.ones(LENGTH).long())
@@ -207,7 +207,7 @@ def test_clusters_are_the_same_twice():
 
 def test_a_distilled_table_is_the_teachers_most_frequent_expert():
     batch = some_batch(16, seed=9)
-    site = make_site(training_text=lambda: [batch.tokens, batch.tokens])
+    site = make_site(training_text=lambda: [batch, batch])
     table = distilled_table(Keys(site.token_counts, site, generator("x"), 1, None))[:, 0]
     routing = some_baseline(EXPERTS)(batch.tokens).routings[site.layer]
     for token in batch.tokens.id.unique().tolist():

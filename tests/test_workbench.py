@@ -195,7 +195,7 @@ def test_the_card_shows_the_split_hash_below_what_no_token_table_can_beat():
     counts = torch.bincount(stream, minlength=VOCAB)
     corpus = text(stream)
     split = Split(corpus, "train", 12)
-    tokens = split.windows(torch.arange(len(split)), torch.zeros(len(split)).long()).tokens
+    tokens = split.windows(torch.arange(len(split)), torch.zeros(len(split)).long())
     site = make_site(token_counts=counts, training_text=lambda: [tokens], sparse_layers=(1,))
     said = {name: card(name, corpus, {1: router_of(name, site)}, False) for name in ("hash_split", "hash_balanced")}
     fullest, own, bound = map(float, figures(said["hash_split"], "LOAD")[0][-3:])

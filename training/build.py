@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, Split, Tokens, evaluation_batches
+from data.batches import Batch, Split, evaluation_batches
 from data.prepare import Prepared, prepare
+from data.source import divided, positions
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
 from models.experts import ExpertLayer
@@ -26,12 +27,13 @@ def make_router(
     settings: Settings,
     layer: int,
     token_counts: Tensor,
-    training_text: Callable[[], Iterable[Tokens]] | None = None,
+    training_text: Callable[[], Iterable[Batch]] | None = None,
     baseline: nn.Module | None = None,
+    length: int | None = None,
 ) -> Router:
     """The router of one layer. token_counts (V,) int64. Raises ValueError as the router does.
 
-    training_text: None only to check options; baseline: see Site.
+    training_text: None only to check options; baseline: see Site; length: of the sequences it sees, None as the data's.
     """
     router, options = target({key: value for key, value in settings.router.items() if key != "baseline"}, skip=1)
     if not issubclass(router, Router):
@@ -47,10 +49,11 @@ def make_router(
         end=END,
         routing_group=settings.train.routing_group,
         seed=settings.seed,
-        sequence_length=settings.data.sequence_length,
+        sequence_length=length or settings.data.sequence_length,
         sparse_layers=tuple(sorted(settings.model.sparse_layers)),
         training_text=training_text,
         baseline=baseline,
+        in_encoder=settings.model.sparse_in == "encoder",
     )
     return router(site, **options)
 
@@ -60,14 +63,34 @@ def router_maker(
 ) -> Callable[[int], Router]:
     """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
 
-    def training_text() -> Iterable[Tokens]:
-        split = Split(prepared, "train", settings.data.sequence_length, settings.data.packing)
-        return (batch.tokens for batch in evaluation_batches(split, 64))
+    read, window, encoders = (
+        source_length(settings, prepared),
+        settings.data.sequence_length,
+        settings.model.encoder_layers,
+    )
+    lengths = positions(window, read, encoders)
+    length = lengths.encoder if settings.model.sparse_in == "encoder" else lengths.decoder
+
+    def training_text() -> Iterable[Batch]:
+        split = Split(prepared, "train", window, settings.data.packing)
+        return (divided(batch, read) if encoders else batch for batch in evaluation_batches(split, 64))
 
     def router(layer: int) -> Router:
-        return make_router(settings, layer, prepared.token_counts, training_text, baseline)
+        with torch.device("cpu"):  # tables are drawn also for a model that is only counted, on the meta device
+            return make_router(settings, layer, prepared.token_counts, training_text, baseline, length)
 
     return router
+
+
+def source_length(settings: Settings, prepared: Prepared) -> int | None:
+    """What an encoder reads, as data.source.divided takes it. Raises ValueError for a length of dialogues."""
+    given = settings.data.source_length
+    if prepared.counted:  # not every token is a target: dialogues
+        if given is not None:
+            rule = "must be null for dialogues, of which the encoder reads each one's context"
+            raise ValueError(f"data.source_length {rule}; got {given}")
+        return None
+    return given or settings.data.sequence_length // 2
 
 
 def make_model(
@@ -78,7 +101,7 @@ def make_model(
     baseline: the trained model that settings.router["baseline"] names.
     """
     options = {key: value for key, value in settings.experts.items() if key != "num_shared"}
-    experts, options = target(options, skip=4)
+    experts, options = target(options | ({"biases": True} if settings.model.biases else {}), skip=4)
     model, routed = settings.model.scaled(), settings.router["_target_"] is not None
     length, router = settings.data.sequence_length, router_maker(settings, prepared, baseline)
 
@@ -91,7 +114,16 @@ def make_model(
     shared, masked = settings.experts["num_shared"], settings.data.mask_documents
     first_values = settings.seed
     return Transformer(
-        model, *sizes, router if routed else None, make_experts, first_values, path, shared, masked, baseline
+        model,
+        *sizes,
+        router if routed else None,
+        make_experts,
+        first_values,
+        path,
+        shared,
+        masked,
+        baseline,
+        source_length(settings, prepared),
     )
 
 

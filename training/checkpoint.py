@@ -150,7 +150,12 @@ def load_baseline(settings: Settings, device: torch.device) -> Transformer | Non
     and if its sequences are shorter."""
     if not settings.router.get("baseline"):
         return None
-    baseline = load_run(settings.router["baseline"], device).model.requires_grad_(False)
+    run = load_run(settings.router["baseline"], device)
+    baseline = run.model.requires_grad_(False)
+    reads = [(s.model.encoder_layers > 0, s.data.source_length) for s in (settings, run.settings)]
+    if reads[0] != reads[1]:
+        rule = "must read what this model reads (model.encoder_layers, data.source_length)"
+        raise ValueError(f"router.baseline {rule}; {settings.router['baseline']} does not")
     if baseline.sequence_length < settings.data.sequence_length:
         rule = f"must see sequences of data.sequence_length = {settings.data.sequence_length}"
         raise ValueError(f"router.baseline {rule}; {settings.router['baseline']} sees {baseline.sequence_length}")

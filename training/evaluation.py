@@ -23,7 +23,7 @@ Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (
 
 def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan]) -> Losses:
     """Cross-entropy (B, S) in nats, 0 where the target does not count; the routings; the summed auxiliary loss."""
-    output = model(batch.tokens, plans, batch.document)
+    output = model(batch.tokens, plans, batch.document, batch.source)
     ce = cross_entropy(at_least_float32(output.logits).flatten(0, 1), batch.target.flatten(), reduction="none")
     return ce.view(batch.target.shape) * batch.counted, output.routings, output.aux_loss
 
@@ -67,13 +67,14 @@ def evaluate(
         for batch in evaluation_batches(split, batch_size):
             moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
             ce, routings, _ = losses(moved, plans)
+            batch = moved.apply(Tensor.cpu)  # of an encoder-decoder, the decoder's part
             counted = batch.counted.numpy()
             values = ce.double().cpu().numpy()[counted]
             for name, place in (("document", batch.target_document.numpy()), ("decile", deciles[batch.target.numpy()])):
                 weights = values, np.ones_like(values)
                 sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
             for layer, routing in routings.items():
-                token = moved.tokens.id.reshape(-1).index_select(0, routing.token)
+                token = moved.routed(model.in_encoder).id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
                 experts[layer] += count(token * model.num_experts + routing.expert, len(experts[layer]), served).cpu()
     result = {}

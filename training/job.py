@@ -21,7 +21,7 @@ from data.batches import Split, TrainingBatches
 from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
-from training.build import choose_device, make_losses, make_model, open_data, precision
+from training.build import choose_device, make_losses, make_model, open_data, precision, source_length
 from training.evaluation import evaluate, mean_ce, text_figures
 from training.folder import held, is_finished, require_space
 from training.loop import Diverged, Interrupted, Progress, Trainer, stop_requests
@@ -48,6 +48,7 @@ def open_run(settings: Settings) -> Run:
     prepared = open_data(settings)
     if settings.router.get("baseline"):
         checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
+    source_length(settings, prepared)  # which dialogues do not take
     check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
     splits = {name: Split(prepared, name, length, packing) for name in prepared.tokens}

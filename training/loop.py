@@ -124,7 +124,7 @@ class Trainer:
             (part + aux_loss / len(micros)).backward()
             ce += part.detach()
             routings.append(routed)
-        real = torch.cat([batch.tokens.real for batch, _ in micros])
+        real = torch.cat([batch.routed(self.model.in_encoder).real for batch, _ in micros])
         tokens = real.numel() // len(micros)
         return ce, {layer: joined([r[layer] for r in routings], tokens) for layer in routings[0]}, real
 

@@ -8,12 +8,14 @@ from torch import Tensor
 from models.transformer import Transformer
 from training.settings import TrainSettings
 
+NOT_DECAYED = ("embedding", "positions", "gain", "b_in", "b_out", "b_gate")
+
 
 def make_optimizer(model: Transformer, train: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices decay; embeddings, norms and whatever belongs to a router do not."""
+    """Fused AdamW. Matrices decay; embeddings, norms, biases and whatever belongs to a router do not."""
     decayed, free = [], []
     for name, p in model.named_parameters():
-        kept = p.dim() == 1 or ".router." in name or name.endswith(".gain") or name in ("embedding", "positions")
+        kept = p.dim() == 1 or ".router." in name or name.rpartition(".")[2] in NOT_DECAYED
         (free if kept else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)

@@ -32,8 +32,10 @@ def read(config: DictConfig) -> Settings:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU")
     settings.model.scaled().check()
+    _check_encoder(settings)
     target(settings.data.corpus)
-    target({key: value for key, value in settings.experts.items() if key != "num_shared"}, skip=4)
+    experts = {key: value for key, value in settings.experts.items() if key != "num_shared"}
+    target(experts | ({"biases": True} if settings.model.biases else {}), skip=4)
     shared = settings.experts.get("num_shared")
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
@@ -42,6 +44,23 @@ def read(config: DictConfig) -> Settings:
         _find_baseline(settings)
     check_routers(settings, vocab_size)
     return settings
+
+
+def _check_encoder(settings: Settings) -> None:
+    """What an encoder reads, and learned positions, fit the window."""
+    model, data = settings.model, settings.data
+    if model.num_positions is not None and model.num_positions < data.sequence_length:
+        rule = f"must be at least data.sequence_length = {data.sequence_length}"
+        raise ValueError(f"model.num_positions {rule}; got {model.num_positions}")
+    if model.encoder_layers == 0:
+        if data.source_length is not None:
+            rule = "must be null for a decoder-only model (model.encoder_layers=0)"
+            raise ValueError(f"data.source_length {rule}; got {data.source_length}")
+        return
+    source = data.source_length or data.sequence_length // 2
+    if not 0 < source < data.sequence_length:
+        rule = f"must leave both sides some of data.sequence_length = {data.sequence_length}"
+        raise ValueError(f"data.source_length {rule}; got {source}")
 
 
 def _find_baseline(settings: Settings) -> None:
@@ -68,7 +87,10 @@ def check_routers(settings: Settings, vocab_size: int | None) -> None:
     stand_in = torch.nn.Identity() if settings.router.get("baseline") else None
     counts = torch.ones(vocab_size or max(settings.num_experts, 258), dtype=torch.int64)
     for layer in settings.model.sparse_layers:
-        make_router(settings, layer, counts, baseline=stand_in)
+        router = make_router(settings, layer, counts, baseline=stand_in)
+        if router.uses_prediction and settings.model.sparse_in == "encoder":
+            rule = "must be decoder for a router that reads predictions of the next token"
+            raise ValueError(f"model.sparse_in {rule}; got encoder")
 
 
 def _check_rules(group: Any, place: str) -> None:

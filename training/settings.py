@@ -10,12 +10,16 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 
 from data import corpora
-from models.transformer import ModelSettings
+from models.settings import ModelSettings
+
+
+def dense_ff_factor(experts: int, sparse: list[int], layers: int, encoders: int, d_ff: int) -> float:
+    """F' / F of L F' = (n_sparse E + L - n_sparse) F, F' the nearest multiple of 8."""
+    return round(d_ff * (1 + len(sparse) * (experts - 1) / (layers + encoders)) / 8) * 8 / d_ff
+
 
 # F of a dense model over F of a sparse one with as many parameters (conf/router/dense_equal_parameters.yaml).
-OmegaConf.register_new_resolver(
-    "dense_ff_factor", lambda experts, sparse, layers: 1 + len(sparse) * (experts - 1) / layers, replace=True
-)
+OmegaConf.register_new_resolver("dense_ff_factor", dense_ff_factor, replace=True)
 
 Rule = tuple[str, Callable[[Any], bool]]  # what preflight asks of a value besides its type: in words, and as a test
 
@@ -40,6 +44,7 @@ class DataSettings:
     packing: Annotated[str, one_of("stream", "documents")]
     mask_documents: bool
     cache: str
+    source_length: Annotated[int | None, within(1)]
 
 
 @dataclass
@@ -99,6 +104,9 @@ class Settings:
 # What cannot change a run's result; all else is in its id. The data's fingerprint stands for corpus and tokenizer.
 NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "record", "wandb", "tokenizer")
 
+# Options that came later, and the value that changes nothing: runs from before them keep their ids.
+ADDED = {"encoder_layers": 0, "sparse_in": "decoder", "biases": False, "num_positions": None}
+
 
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
     """The run's id: eight hexadecimal digits of all that can change the result."""
@@ -106,5 +114,8 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     if content["router"].get("baseline"):
         content["router"]["baseline"] = Path(content["router"]["baseline"]).name  # which run, wherever it lies
     windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
+    if content["model"]["encoder_layers"]:
+        windows["source_length"] = content["data"]["source_length"]
+    content["model"] = {key: v for key, v in content["model"].items() if ADDED.get(key, ...) != v}
     content["data"] = windows | {"fingerprint": data_fingerprint}
     return corpora.digest_of(content)[:8]

@@ -19,7 +19,8 @@ from data.batches import Batch, Tokens, make_batch
 from data.randomness import generator, mix
 from data.tokenizer import BEGIN, END
 from models.experts import ExpertLayer, Experts
-from models.transformer import ModelSettings, Transformer
+from models.settings import ModelSettings
+from models.transformer import Transformer
 from routers.gates import gate_parameter, gate_scores
 from routers.routing import Router, Routing, Site, one_each
 
@@ -85,7 +86,7 @@ class Case:
             seed=seed,
             sequence_length=LENGTH,
             sparse_layers=tuple(range(LAYERS)),
-            training_text=lambda: [self.batch(f"text {i}", rows=64).tokens for i in range(4)],
+            training_text=lambda: [self.batch(f"text {i}", rows=64) for i in range(4)],
             baseline=self.baseline(num_experts, width),
         )
 
