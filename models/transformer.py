@@ -168,6 +168,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, ffn) for ffn in ffns)
         self.inserted = nn.ModuleDict({str(k): Inserted(ffn) for k, ffn in sparse.items()} if inserted else {})
         self.norm = NORMS[settings.norm](width)
+        self.at_sparse_layers = sparse  # the same in a dense model, where they are plain
         self.sparse = {layer: ffn for layer, ffn in sparse.items() if isinstance(ffn, SparseFeedForward)}
         self.initialise(seed)
 

@@ -231,7 +231,7 @@ def test_a_diverged_run_is_finished_as_diverged(tiny, monkeypatch):
 def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch):
     words = ["router=dense", *tiny, "record.checkpoint_every=2"]
     with monkeypatch.context() as patched:
-        patched.setattr("training.job.evaluate", lambda *_: 1 / 0)
+        patched.setattr("training.session.evaluate", lambda *_: 1 / 0)
         assert run(compose_config(*words)) == FAILED
     folder = folder_of(*words)
     assert "ZeroDivisionError" in (folder / "error.txt").read_text()

@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong before any work is done."""
 
-import glob
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -10,13 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.build import make_router
-from training.folder import is_finished
 from training.settings import Settings
+from training.start import check_start, find_run
 from training.targets import PACKAGES, check_targets, one_line, target
 
 
-def read(config: DictConfig) -> Settings:
-    """Typed and checked settings of one run. Raises ValueError with one line that names the key and the rule."""
+def read(config: DictConfig, planned: Iterable[Settings] = ()) -> Settings:
+    """Typed and checked settings of one run. planned: of the sweep's earlier jobs, one of which may be the run that
+    train.init_from names. Raises ValueError with one line that names the key and the rule."""
     try:
         plain = OmegaConf.to_container(config, resolve=True)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
@@ -39,6 +40,7 @@ def read(config: DictConfig) -> Settings:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
     if settings.router.get("_target_") is not None:
         _check_router(settings)
+    check_start(settings, planned)
     return settings
 
 
@@ -46,15 +48,12 @@ def _check_router(settings: Settings) -> None:
     """Every layer's router takes its options. router.baseline, a folder or a glob, becomes the run that it names."""
     pattern, stand_in = settings.router.get("baseline"), None
     if pattern is not None:
-        found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
-        kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
-        if len(kept) != 1:
-            made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
-            rule = f"must name one finished run that kept its weights; python run.py router={made_by} makes one,"
-            rule += " with record.keep_weights=true and the same seed, data and scale"
-            names = ", ".join(sorted(run.name for run in kept)) or "none"
-            raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
-        settings.router["baseline"], stand_in = str(kept[0]), torch.nn.Identity()
+        made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+        remedy = (
+            f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
+        )
+        settings.router["baseline"] = str(find_run("router.baseline", pattern, remedy))
+        stand_in = torch.nn.Identity()
     if settings.num_experts > settings.data.vocab_size:
         limit = f"at most data.vocab_size = {settings.data.vocab_size}"
         raise ValueError(f"num_experts must be {limit}; got {settings.num_experts}")

@@ -57,6 +57,10 @@ class TrainSettings:
     grad_clip: Annotated[float, within(0)]
     precision: Annotated[str, one_of("auto", "bf16", "float32")]
     compile: bool
+    init_from: str | None
+    update: Annotated[str, one_of("all", "sparse", "all_but_sparse")]
+    epochs: Annotated[float | None, within(1e-6)]
+    patience: Annotated[int | None, within(1)]
 
 
 @dataclass
@@ -101,8 +105,11 @@ NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "recor
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
     """The run's id: eight hexadecimal digits of all that can change the result."""
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
-    if content["router"].get("baseline"):
-        content["router"]["baseline"] = Path(content["router"]["baseline"]).name  # which run, wherever it lies
+    for group, key in (("router", "baseline"), ("train", "init_from")):
+        if content[group].get(key):
+            content[group][key] = Path(content[group][key]).name  # which run, wherever it lies
+    if settings.train.patience is not None:  # validations decide when to stop
+        content["train"]["evaluate_every"] = settings.record.evaluate_every
     windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
     content["data"] = windows | {"fingerprint": data_fingerprint}
     return corpora.digest_of(content)[:8]
