@@ -1,4 +1,4 @@
-"""Kill -9 in the middle. As a script, this file is the process that forks the victims: it starts no thread of its own."""
+"""Kill -9 in the middle. As a script, this file is the process that forks the victims: it has no other thread."""
 
 import json
 import os
@@ -120,8 +120,8 @@ def at_random_moments(folder: Path, moments: int) -> dict:
 
         assert forked(victim, watch) == signal.SIGKILL
         os.close(write)
-        said = [1, *iter(lambda: int.from_bytes(os.read(read, 1)), 0)][-1]
-        os.close(read)
+        with os.fdopen(read, "rb") as pipe:
+            said = [1, *pipe.read()][-1]
         steps.append((said, verdict(folder)))
     return {"steps": steps}
 
@@ -166,7 +166,9 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_usable_checkpoint(every, tmp_pat
 def test_a_kill_at_a_random_moment_leaves_the_checkpoint_that_was_finished_last(moments, tmp_path):
     steps = as_script("at_random_moments", tmp_path / "checkpoints", moments)["steps"]
     assert len(steps) == moments
-    assert all(found in (said, said + 1) for said, found in steps), steps  # the next may have been renamed, but not said
+    assert all(found in (said, said + 1) for said, found in steps), (
+        steps
+    )  # the next may have been renamed, but not said
 
 
 @pytest.mark.parametrize("moments", [2, pytest.param(20, marks=pytest.mark.long)])

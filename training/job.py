@@ -1,6 +1,7 @@
 """One job: name its folder, train or resume, evaluate, write the result."""
 
 import json
+import math
 import resource
 import statistics
 import time
@@ -36,6 +37,9 @@ def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # n
     if settings.router.get("baseline"):
         checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
     splits = {name: Split(prepared, name, settings.data.sequence_length) for name in prepared.tokens}
+    if settings.train.epochs is not None:
+        windows = settings.train.epochs * splits["train"].full
+        settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
     name = f"{settings.arm}-s{settings.seed}-{digest_of(settings, prepared.fingerprint)}"
     return Run(settings, prepared, splits, Path(settings.runs).expanduser().absolute() / name)
 

@@ -108,6 +108,7 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     for group, key in (("router", "baseline"), ("train", "init_from")):
         if content[group].get(key):
             content[group][key] = Path(content[group][key]).name  # which run, wherever it lies
+    content["train"].pop("epochs")  # steps follow from it
     if settings.train.patience is not None:  # validations decide when to stop
         content["train"]["evaluate_every"] = settings.record.evaluate_every
     windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
