@@ -171,7 +171,9 @@ def load_run(folder: str | Path, device: torch.device = CPU) -> LoadedRun:
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
-    settings = read(DictConfig(yaml.safe_load((folder / "config.yaml").read_text())))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["init_from"] = None  # where it started need not be there any more
+    settings = read(DictConfig(config))
     prepared = open_data(settings)
     require_same_data(folder, prepared)
     model = make_model(settings, prepared, device, load_baseline(settings, device)).to(device)

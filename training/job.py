@@ -16,27 +16,36 @@ import yaml
 from omegaconf import DictConfig
 
 from data.batches import Split, TrainingBatches
+from data.dictionary_files import find_dictionary
 from training import checkpoint
 from training.build import open_data
 from training.folder import held, is_finished, write_atomically
 from training.loop import Diverged, Interrupted, Trainer, stop_requests
-from training.preflight import read
+from training.preflight import check_routers, read
 from training.recorder import Recorder
 from training.session import Run, Session, open_session
 from training.settings import Settings, digest_of
+from training.start import require_same_dictionary, take_dictionary
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
 
 def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # noqa: B006
-    """Prepare the data if need be and name the folder. planned: of the sweep's earlier jobs, see start.start_of.
+    """Prepare the data if need be and name the folder. planned: of the sweep's earlier jobs, see start.take_dictionary.
 
     Raises ValueError for unusable data, and for another dictionary than that of the run it starts from.
     """
+    tuned, baseline = settings.train.init_from is not None, settings.router.get("baseline")
+    if tuned:
+        take_dictionary(settings, planned)
     prepared = open_data(settings)
-    if settings.router.get("baseline"):
-        checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
-    splits = {name: Split(prepared, name, settings.data.sequence_length) for name in prepared.tokens}
+    if baseline and tuned:  # what it was drawn from is the first run's
+        require_same_dictionary(find_dictionary(baseline), prepared.folder, f"router.baseline={baseline}")
+    elif baseline:
+        checkpoint.require_same_data(Path(baseline), prepared)
+    check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
+    length, packing = settings.data.sequence_length, settings.data.packing
+    splits = {name: Split(prepared, name, length, packing) for name in prepared.tokens}
     if settings.train.epochs is not None:
         windows = settings.train.epochs * splits["train"].full
         settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
@@ -106,14 +115,16 @@ def _outcome(session: Session, recorder: Recorder, stop: list[int]) -> dict[str,
 def _announcement(session: Session) -> str:
     """What trains, where and on how much."""
     settings, counts, progress = session.run.settings, session.origin["parameters"], session.progress
-    tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
-    epochs = tokens / session.run.prepared.splits["train"]["tokens"]
+    windows, split = settings.train.steps * settings.train.batch_size, session.run.splits["train"]
+    filled = split.tokens_per_epoch / (split.full * split.length)
+    padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
     trained = "" if counts["trained"] == counts["total"] else f", {counts['trained']:,} trained"
     start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
     return (
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
-        f"{session.origin['dispatch']}; {tokens:,} tokens, {epochs:.2f} epochs"
+        f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
+        f"epochs; dictionary of {session.run.prepared.vocab_size:,} entries"
         + (f"; going on after step {progress.step}" if progress.step else "")
     )
 
@@ -136,6 +147,7 @@ def _figures(session: Session) -> dict[str, Any]:
         **{f"parameters/{name}": counts[name] for name in ("active", "total", "trained")},
         "train_flops_per_token": session.origin["train_flops_per_token"],
         "data_fingerprint": session.run.prepared.fingerprint,
+        "vocab_size": session.run.prepared.vocab_size,
         "leaks": sorted({leak for router in session.model.routers.values() for leak in router.leaks}),
     }
 

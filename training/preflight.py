@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.build import make_router
+from training.build import make_dictionary, make_router
 from training.settings import Settings
 from training.start import check_start, find_run
 from training.targets import PACKAGES, check_targets, one_line, target
@@ -38,26 +38,33 @@ def read(config: DictConfig, planned: Iterable[Settings] = ()) -> Settings:
     shared = settings.experts.get("num_shared")
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
-    if settings.router.get("_target_") is not None:
-        _check_router(settings)
+    vocab_size = make_dictionary(settings.tokenizer).size()
+    if settings.router.get("baseline") is not None:
+        _find_baseline(settings)
+    check_routers(settings, vocab_size)
     check_start(settings, planned)
     return settings
 
 
-def _check_router(settings: Settings) -> None:
-    """Every layer's router takes its options. router.baseline, a folder or a glob, becomes the run that it names."""
-    pattern, stand_in = settings.router.get("baseline"), None
-    if pattern is not None:
-        made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
-        remedy = (
-            f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
-        )
-        settings.router["baseline"] = str(find_run("router.baseline", pattern, remedy))
-        stand_in = torch.nn.Identity()
-    if settings.num_experts > settings.data.vocab_size:
-        limit = f"at most data.vocab_size = {settings.data.vocab_size}"
-        raise ValueError(f"num_experts must be {limit}; got {settings.num_experts}")
-    counts = torch.ones(settings.data.vocab_size, dtype=torch.int64)
+def _find_baseline(settings: Settings) -> None:
+    """router.baseline, a folder or a glob, becomes the run that it names."""
+    pattern = settings.router["baseline"]
+    made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+    remedy = (
+        f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
+    )
+    settings.router["baseline"] = str(find_run("router.baseline", pattern, remedy))
+
+
+def check_routers(settings: Settings, vocab_size: int | None) -> None:
+    """Every layer's router takes its options. vocab_size: None while the text has not said how large a dictionary is;
+    then what depends on it is to be checked again."""
+    if settings.router.get("_target_") is None or (vocab_size is None and settings.router.get("file")):
+        return
+    if vocab_size is not None and settings.num_experts > vocab_size:
+        raise ValueError(f"num_experts must be at most the dictionary's {vocab_size:,}; got {settings.num_experts}")
+    stand_in = torch.nn.Identity() if settings.router.get("baseline") else None
+    counts = torch.ones(vocab_size or max(settings.num_experts, 258), dtype=torch.int64)
     for layer in settings.model.sparse_layers:
         make_router(settings, layer, counts, baseline=stand_in)
 

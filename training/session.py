@@ -14,7 +14,7 @@ from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, precision
-from training.evaluation import Compute, evaluate, mean_ce
+from training.evaluation import Compute, evaluate, mean_ce, text_figures
 from training.folder import require_space
 from training.loop import Diverged, Progress
 from training.optimizer import freeze, make_optimizer, trained
@@ -86,7 +86,9 @@ class Session:
             sums = self.measure(split)
             ce = mean_ce(sums)
             result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
-            result[f"{name}/unigram_entropy"] = self.run.prepared.splits[split]["unigram_entropy"]
+            text = self.run.prepared.splits[split]
+            result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
+            result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
             if any(router.trains_differently for router in self.model.routers.values()):
                 result[f"{name}/ce_as_in_training"] = mean_ce(self.measure(split, as_in_training=True))
             tensors |= {f"{split}/{key}": value for key, value in sums.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from data.dictionary_files import find_dictionary
 from training.folder import has_weights, is_finished
 from training.settings import Settings
 
@@ -71,7 +72,8 @@ def require_same_model(settings: Settings, first: dict[str, Any], name: str) -> 
     """first: the settings of the run called name. ValueError that names the key in which the models differ; of a
     router's options coefficients, factors and rates (what has a fraction, or is null) may."""
     mine = asdict(settings)
-    both = [(f"{key}", mine[key], first[key]) for key in OF_THE_MODEL]
+    both = [(key, mine[key], first[key]) for key in OF_THE_MODEL]
+    both += [("tokenizer._target_", mine["tokenizer"]["_target_"], first["tokenizer"]["_target_"])]
     both += [(f"data.{key}", mine["data"].get(key), first["data"].get(key)) for key in OF_THE_DATA]
     for key, here, there in both:
         for place, one, other in differences(key, here, there):
@@ -89,22 +91,36 @@ def differences(place: str, one: Any, other: Any) -> Iterable[tuple[str, Any, An
         yield place, one, other
 
 
-def start_of(settings: Settings, planned: Mapping[Path, Path]) -> tuple[Path, Path]:
-    """The folders of the run that train.init_from names and of its prepared data, which has the dictionary.
+def take_dictionary(settings: Settings, planned: Mapping[Path, Path]) -> None:
+    """train.init_from becomes a folder, and tokenizer.file the prepared data with that run's dictionary.
 
-    planned: the same of the sweep's earlier jobs, which need not have run. Raises ValueError as cache_of does.
+    planned: run folder -> prepared folder, of the sweep's earlier jobs, which need not have run. Raises ValueError if
+    the dictionary is gone, or if tokenizer.file names another one.
     """
+    folder, dictionary = _start_of(settings, planned)
+    settings.train.init_from = str(folder)
+    if not (dictionary / "tokenizer.json").exists():
+        remedy = "the command that made the run makes it again"
+        raise ValueError(f"the prepared data of train.init_from={folder} is gone: {dictionary}; {remedy}")
+    if given := settings.tokenizer.get("file"):
+        require_same_dictionary(find_dictionary(given), dictionary, f"tokenizer.file={given}")
+    if "file" in settings.tokenizer:  # bytes are the same everywhere
+        settings.tokenizer["file"] = str(dictionary)
+
+
+def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
+    """file: a tokenizer.json, of what is called name. ValueError if the prepared folder has another dictionary."""
+    try:
+        same = json.loads(file.read_bytes()) == json.loads((prepared / "tokenizer.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the dictionary of {name} cannot be read: {error}") from error
+    if not same:
+        raise ValueError(f"{name} must have the dictionary of {prepared}; it has another one")
+
+
+def _start_of(settings: Settings, planned: Mapping[Path, Path]) -> tuple[Path, Path]:
     wanted = absolute(settings.train.init_from or "")
     for folder, prepared in planned.items():
         if str(folder) == wanted or fnmatch(str(folder), wanted):
             return folder, prepared
-    return Path(wanted), cache_of(Path(wanted))
-
-
-def cache_of(folder: Path) -> Path:
-    """The prepared folder of a run's data. ValueError if it is gone."""
-    key = json.loads((folder / "provenance.json").read_text())["data"]["cache_key"]
-    found = Path(config_of(folder)["data"]["cache"]).expanduser() / key
-    if not found.exists():
-        raise ValueError(f"the prepared data of {folder} is gone: {found}; the run's own command makes it again")
-    return found
+    return Path(wanted), find_dictionary(wanted).parent
