@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, Split, Tokens, evaluation_batches
+from data.batches import Batch, Tokens, evaluation_batches
+from data.mixed_batches import open_split
+from data.mixture import Mixture, prepare_mixture
 from data.prepare import Prepared, prepare
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
@@ -61,7 +63,7 @@ def router_maker(
     """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
 
     def training_text() -> Iterable[Tokens]:
-        split = Split(prepared, "train", settings.data.sequence_length, settings.data.packing)
+        split = open_split(prepared, "train", settings.data.sequence_length, settings.data.packing)
         return (batch.tokens for batch in evaluation_batches(split, 64))
 
     def router(layer: int) -> Router:
@@ -128,9 +130,10 @@ def open_data(settings: Settings) -> Prepared:
 
 @functools.cache  # the jobs of a sweep mostly share their data
 def _open_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared:
-    corpus, options = target(json.loads(corpus_node))
-    dictionary = make_dictionary(json.loads(tokenizer_node))
-    return prepare(corpus(**options), dictionary, Path(cache).expanduser())
+    kind, options = target(json.loads(corpus_node))
+    dictionary, corpus = make_dictionary(json.loads(tokenizer_node)), kind(**options)
+    make = prepare_mixture if isinstance(corpus, Mixture) else prepare
+    return make(corpus, dictionary, Path(cache).expanduser())
 
 
 def make_dictionary(node: dict[str, Any]) -> Dictionary:

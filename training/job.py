@@ -15,8 +15,9 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from data.batches import Split, TrainingBatches
+from data.corpora import SPLITS
 from data.dictionary_files import find_dictionary
+from data.mixed_batches import MixedSplit, open_split, training_batches
 from training import checkpoint
 from training.build import open_data
 from training.folder import held, is_finished, write_atomically
@@ -45,7 +46,7 @@ def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # n
         checkpoint.require_same_data(Path(baseline), prepared)
     check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
-    splits = {name: Split(prepared, name, length, packing) for name in prepared.tokens}
+    splits = {name: open_split(prepared, name, length, packing) for name in SPLITS}
     if settings.train.epochs is not None:
         windows = settings.train.epochs * splits["train"].full
         settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
@@ -101,7 +102,7 @@ def _outcome(session: Session, recorder: Recorder, stop: list[int]) -> dict[str,
     def validate() -> None:
         recorder.log(session.validate())
 
-    batches = TrainingBatches(session.run.splits["train"], settings.train.batch_size, settings.seed)
+    batches = training_batches(session.run.splits["train"], settings.train.batch_size, settings.seed)
     loop = settings, model, session.losses, session.optimizer, batches, progress
     try:
         Trainer(*loop, recorder.log, validate, session.save, stop).train()
@@ -120,11 +121,13 @@ def _announcement(session: Session) -> str:
     padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
     trained = "" if counts["trained"] == counts["total"] else f", {counts['trained']:,} trained"
     start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
+    each = split.epochs(windows).items() if isinstance(split, MixedSplit) else ()
+    parts = f" ({', '.join(f'{name} {epochs:.2f}' for name, epochs in each)})" if each else ""
     return (
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
         f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
-        f"epochs; dictionary of {session.run.prepared.vocab_size:,} entries"
+        f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries"
         + (f"; going on after step {progress.step}" if progress.step else "")
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, TrainingBatches
+from data.mixed_batches import MixedBatches
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, joined, load_metrics, load_of
 from training.evaluation import Compute
@@ -53,7 +54,7 @@ class Trainer:
     model: Transformer
     losses: Compute
     optimizer: torch.optim.AdamW
-    batches: TrainingBatches
+    batches: TrainingBatches | MixedBatches
     progress: Progress
     log: Callable[[dict[str, Any]], None]
     evaluate: Callable[[], None]

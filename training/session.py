@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Split
+from data.mixed_batches import MixedSplit
 from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
@@ -29,7 +30,7 @@ class Run(NamedTuple):
 
     settings: Settings
     prepared: Prepared
-    splits: dict[str, Split]
+    splits: dict[str, Split | MixedSplit]
     folder: Path
 
 
@@ -55,10 +56,22 @@ class Session:
             raise Diverged(self.progress.step)
         return sums
 
-    def validate(self) -> dict[str, float]:
+    def by_corpus(self, split: str, sums: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """The figures of each corpus of a mixture, from the sums over all of them."""
+        windows, figures = self.run.splits[split], {}
+        for part in self.run.prepared.parts:
+            assert isinstance(windows, MixedSplit)
+            own = windows.documents[part.name]
+            ce_sum, tokens = (float(sums[f"document_{key}"][own].sum()) for key in ("ce_sum", "tokens"))
+            ce, text = ce_sum / tokens, part.prepared.splits[split]
+            figures[part.name] = {"ce": ce, "perplexity": math.exp(ce), "tokens": int(tokens)} | text_figures(ce, text)
+        return figures
+
+    def validate(self) -> dict[str, Any]:
         """The figures of a validation. With early stopping it is compared with the best so far, whose weights stay."""
         sums, progress = self.measure("validation"), self.progress
         figures = {"val/ce": mean_ce(sums)}
+        figures |= {f"val/{name}/ce": each["ce"] for name, each in self.by_corpus("validation", sums).items()}
         if self.run.settings.train.patience is None:
             return figures
         if progress.best_ce is None or figures["val/ce"] < progress.best_ce:
@@ -89,6 +102,8 @@ class Session:
             text = self.run.prepared.splits[split]
             result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
             result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
+            for corpus, each in self.by_corpus(split, sums).items():
+                result |= {f"{name}/{corpus}/{key}": value for key, value in each.items()}
             if any(router.trains_differently for router in self.model.routers.values()):
                 result[f"{name}/ce_as_in_training"] = mean_ce(self.measure(split, as_in_training=True))
             tensors |= {f"{split}/{key}": value for key, value in sums.items()}
