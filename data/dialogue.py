@@ -37,7 +37,8 @@ class Form:
     Speakers are numbered from 1 in the order of their first words; a turn is `mark` with that number in place of {}, a
     space, the text, and a line end unless it is the last. White space within a turn becomes single spaces, and what a
     speaker says in a row is one turn. Counted are the text and the line end of a response, never a mark.
-    responses: "last": the last turn; "others": the turns of all speakers but the first; "all": every turn but the first.
+    responses: "last": the last turn; "others": the turns of all speakers but the first one; "all": all turns but the
+    first.
     max_turns: longer dialogues are cut into even parts of at most so many turns; None leaves them whole.
     """
 
@@ -82,7 +83,7 @@ class Dialogues:
     text; "eou": each line a dialogue of two, whose turns end with __eou__; "utterances": a JSON list of objects with
     "dialogue", the utterances of two, and "response", the last one. A share is drawn by a hash of the whole dialogue,
     before it is cut, from the files of `draw_from` alone if that is given: of equal dialogues all are in one split.
-    ValueError with file and line for what is damaged, no UTF-8, or no dialogue of two speakers at least.
+    What only one speaker says is left out. ValueError with file and line for what is damaged, no UTF-8 or no dialogue.
     """
 
     files: str | Iterable[str]
@@ -119,21 +120,22 @@ class Dialogues:
                     yield from self.form.documents(turns)
 
     def _split_of(self, turns: list[Turn], path: Path) -> str:
-        return draw_split(json.dumps(turns), self.shares) if path in self.drawn else "train"
+        return draw_split(json.dumps(turns), self.shares) if any(self.shares) and path in self.drawn else "train"
 
     def _read(self, path: Path) -> Iterator[list[Turn]]:
         """The dialogues of a file, each checked."""
         empty = True
         for place, found in READERS[self.format](path):
-            empty = False
             try:
                 turns = found()
                 check(turns)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}, {place}: no dialogue of format={self.format}: {_reason(error)}") from error
-            yield turns
+            if len({turn.speaker for turn in turns}) > 1:  # else nothing in it is a response
+                empty = False
+                yield turns
         if empty:
-            raise ValueError(f"{path} holds no dialogue")
+            raise ValueError(f"{path} holds no dialogue of two speakers or more")
 
 
 def _join(said: list[Turn]) -> Turn:
@@ -147,15 +149,13 @@ def alternate(utterances: Iterable[Any]) -> list[Turn]:
 
 
 def check(turns: list[Turn]) -> None:
-    """ValueError unless these are turns with text, of two speakers at least."""
+    """ValueError unless these are turns with text."""
     if not turns:
         raise ValueError("it is empty")
     for place, (_, text, _) in enumerate(turns, 1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"turn {place} must be a text; got {str(text)[:40]!r}")
         text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 holds
-    if len({turn.speaker for turn in turns}) < 2:
-        raise ValueError("it has one speaker, so nothing in it is a response")
 
 
 def _read_turns(path: Path) -> "Places":

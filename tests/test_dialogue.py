@@ -105,6 +105,12 @@ def test_the_three_formats_hold_the_same_dialogue(tmp_path):
         assert list(corpus.documents("train")) == [tuple(expected)], name
 
 
+def test_a_dialogue_of_one_speaker_is_left_out(tmp_path):
+    alone, two = [["A", "alone"], ["A", "still"]], [["A", "a"], ["B", "b"]]
+    corpus = dialogues(write(tmp_path / "a.jsonl", lines(alone, two, alone)))
+    assert [text(document) for document in corpus.documents("train")] == ["[1] a\n[2] b"]
+
+
 def test_shares_are_drawn_from_whole_dialogues_and_equal_ones_stay_together(tmp_path):
     conversations = [[["A", f"question {number % 500}"], ["B", "x"], ["A", "y"], ["B", "z"]] for number in range(1000)]
     path = write(tmp_path / "a.jsonl", lines(*conversations))
@@ -153,7 +159,7 @@ BAD = [
     ("turns", b'{"turns": [["A", "a"], ["B", 7]]}', r"line 1: .* turn 2 must be a text; got '7'"),
     ("turns", b'{"turns": [["A", "a"], ["B", " "]]}', r"turn 2 must be a text; got ' '"),
     ("turns", b'{"turns": [["A", "a"], "B"]}', r"turn 2 must be a list of a speaker and a text"),
-    ("turns", b'{"turns": [["A", "a"], ["A", "b"]]}', r"line 1: .* it has one speaker"),
+    ("turns", b'{"turns": [["A", "a"], ["A", "b"]]}', r"a\.jsonl holds no dialogue of two speakers"),
     ("turns", rb'{"turns": [["A", "a"], ["B", "\ud800"]]}', r"line 1: .* UnicodeEncodeError"),
     ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b'{"turns": [', r"line 2: .* JSONDecodeError"),
     ("turns", b"[" * 100_000, r"line 1: .* RecursionError"),
@@ -163,7 +169,7 @@ BAD = [
     ("eou", b"\n \n", r"a\.jsonl holds no dialogue"),
     ("eou", b"a __eou__ b __eou__\na __eou__ b", r"line 2: .* its last turn must end with __eou__; got 'b'"),
     ("eou", b"a __eou__  __eou__", r"line 1: .* turn 2 must be a text"),
-    ("eou", b"alone __eou__", r"line 1: .* it has one speaker"),
+    ("eou", b"alone __eou__", r"a\.jsonl holds no dialogue of two speakers"),
     ("utterances", b'[\n{"dialogue": \n', r"a\.jsonl, line 3: no JSON"),
     ("utterances", b'{"dialogue": []}', r"a\.jsonl, line 1: must hold a JSON list"),
     (
@@ -172,7 +178,7 @@ BAD = [
         r"dialogue 2: .* KeyError: 'dialogue'",
     ),
     ("utterances", b'[{"dialogue": "a", "response": "b"}]', r"dialogue 1: .* dialogue must be a list"),
-    ("utterances", b'[{"dialogue": [], "response": "b"}]', r"dialogue 1: .* it has one speaker"),
+    ("utterances", b'[{"dialogue": [], "response": "b"}]', r"a\.jsonl holds no dialogue of two speakers"),
     ("utterances", b"[]", r"a\.jsonl holds no dialogue"),
     ("utterances", b"", r"a\.jsonl, line 1: no JSON"),
 ]
