@@ -33,47 +33,96 @@ class Batch(NamedTuple):
     document: Tensor  # (B, S) int64, the number of the input token's document in its split
     counted: Tensor  # (B, S) bool, whether the target enters the loss: never on padding
 
+    @property
+    def target_document(self) -> Tensor:
+        """(B, S) int64, the number of the target's document: after an end, the next one."""
+        return self.document + (self.tokens.id == END)
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed: sliced, pinned or moved."""
         tokens = Tokens(*(None if tensor is None else change(tensor) for tensor in self.tokens))  # type: ignore[arg-type]
         return Batch(tokens, change(self.target), change(self.document), change(self.counted))
 
 
-def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor) -> Batch:
-    """window, document (B, S+1) int64; real (B, S) bool; key (B,) int64. Nothing looks across a document border."""
+def make_batch(window: Tensor, document: Tensor, real: Tensor, key: Tensor, counted: Tensor | None = None) -> Batch:
+    """window, document (B, S+1) int64; real, counted (B, S) bool; key (B,) int64. None: every real target counts.
+
+    Nothing that a router may know looks across a document border.
+    """
     token, target = window[:, :-1], window[:, 1:]
     ends = document[:, 1:] != document[:, :-1]  # (B, S), the last token of a document
     previous = torch.nn.functional.pad(torch.where(ends, BEGIN, token)[:, :-1], (1, 0), value=BEGIN)
     following = torch.where(ends, END, target)
     position = torch.arange(token.shape[1]).expand_as(token)
     tokens = Tokens(token, previous, following, position, real, key)
-    return Batch(tokens, target, document[:, :-1], real).apply(Tensor.contiguous)
+    counted = real if counted is None else real & counted
+    return Batch(tokens, target, document[:, :-1], counted).apply(Tensor.contiguous)
 
 
 class Split:
-    """Windows of S+1 tokens at stride S: every token but the first is a target once. ValueError if not one fits."""
+    """Windows of up to S+1 tokens, the rest of a window padding. ValueError if not one fits.
 
-    def __init__(self, prepared: Prepared, split: str, sequence_length: int):
+    packing stream: they are full, the last one aside, and a window begins with the last token of the one before, so
+    that every token but the first is a target once. documents: a window holds whole documents; one that is longer than
+    a window begins in one of its own and goes on in the next as in a stream. There a document's first token is no
+    target that counts: what stands before it is another document, or nothing.
+    """
+
+    def __init__(self, prepared: Prepared, split: str, sequence_length: int, packing: str = "stream"):
         self.stream, self.length = prepared.tokens[split], sequence_length
+        self.mask, self.apart = prepared.counted.get(split), packing == "documents"
         self.ends = np.flatnonzero(np.asarray(self.stream) == END)
-        self.full = (len(self.stream) - 1) // sequence_length  # windows without padding
+        edges = documents_packed(self.ends, sequence_length) if self.apart else self._in_stream()
+        self.starts, self.stops = edges  # (windows,) int64 each: the tokens of a window
+        # windows that training sees: without padding, if they need none
+        self.full = len(self.starts) if self.apart else (len(self.stream) - 1) // sequence_length
         if self.full < 1:
             window = f"one window of data.sequence_length + 1 = {sequence_length + 1}"
             raise ValueError(f"the {split} split has {len(self.stream)} tokens, fewer than {window}")
 
+    def _in_stream(self) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.arange(0, len(self.stream) - 1, self.length)
+        return starts, np.minimum(starts + self.length + 1, len(self.stream))
+
     def windows(self, numbers: Tensor, key: Tensor) -> Batch:
-        """The windows of these numbers (B,); a number past the last full window is padded, or all padding."""
-        index = numbers.numpy()[:, None] * self.length + np.arange(self.length + 1)  # (B, S+1)
-        inside = index < len(self.stream)
-        index = np.minimum(index, len(self.stream) - 1)
+        """The windows of these numbers (B,); past the last one all is padding."""
+        within = np.minimum(numbers.numpy(), len(self) - 1)
+        stops = np.where(numbers.numpy() < len(self), self.stops[within], 0)[:, None]
+        index = self.starts[within][:, None] + np.arange(self.length + 1)  # (B, S+1)
+        inside = index < stops
+        index = np.minimum(index, self.stops[within][:, None] - 1)
         window = np.where(inside, self.stream[index], END).astype(np.int64)
         document = np.searchsorted(self.ends, index)
-        real = torch.from_numpy(inside[:, 1:])  # a position counts if its target exists
-        return make_batch(torch.from_numpy(window), torch.from_numpy(document), real, key)
+        counted = np.ones_like(inside) if self.mask is None else self.mask[index]
+        if self.apart:
+            counted[:, 1:] &= document[:, 1:] == document[:, :-1]
+        tensors = [torch.from_numpy(array) for array in (window, document, inside[:, 1:], counted[:, 1:])]
+        return make_batch(tensors[0], tensors[1], tensors[2], key, tensors[3])  # a position is real if its target is
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Positions of an epoch that are not padding."""
+        return int((self.stops - self.starts - 1)[: self.full].sum())
 
     def __len__(self) -> int:
-        """Windows in evaluation, the last partial one included."""
-        return -(-(len(self.stream) - 1) // self.length)
+        """Windows in evaluation, those with padding included."""
+        return len(self.starts)
+
+
+def documents_packed(ends: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(windows,) starts and stops of windows that hold whole documents, in stream order. ends (documents,): of END."""
+    starts, stops, start, stop = [], [], 0, 0
+    for after in (ends + 1).tolist():
+        if after - start > sequence_length + 1 and stop > start:  # it does not fit beside those before it
+            starts.append(start)
+            stops.append(stop)
+            start = stop
+        while after - start > sequence_length + 1:
+            starts.append(start)
+            stops.append(start + sequence_length + 1)
+            start += sequence_length
+        stop = after
+    return np.array([*starts, start]), np.array([*stops, stop])
 
 
 class TrainingBatches:

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from data.records import digest_of, file_digest
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,6 +28,20 @@ class Segment(NamedTuple):
 
 
 Document = str | tuple[Segment, ...]  # of a plain text every token counts
+
+
+class Corpus(Protocol):
+    def documents(self, split: str) -> Iterator[Document]:
+        """Streams the documents of "train", "validation" or "test", every time the same."""
+        ...
+
+    def digest(self) -> str:
+        """Of all that decides the documents, beside the code of the class."""
+        ...
+
+
+def segments(document: Document) -> tuple[Segment, ...]:
+    return (Segment(document, True),) if isinstance(document, str) else document
 
 
 @dataclass
@@ -108,15 +124,6 @@ class TextFiles:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             rule = f"must be a JSON object with a string {self.text_field!r}"
             raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
-
-
-def digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def compiled(**option: str | None) -> re.Pattern[str] | None:

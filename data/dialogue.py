@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from data.corpora import (
     Document,
     Segment,
-    digest_of,
     draw_split,
     drawn_shares,
     find_files,
@@ -18,6 +17,7 @@ from data.corpora import (
     read_lines,
     split_paths,
 )
+from data.records import digest_of
 
 RESPONSES = ("last", "others", "all")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data import comment_trees
-from data.corpora import Document, checked_shares, compiled, digest_of, draw_split, join_lines
+from data.corpora import Document, checked_shares, compiled, draw_split, join_lines
 from data.dialogue import Form, Turn, alternate
 from data.hub import Source
+from data.records import digest_of
 
 
 @dataclass

@@ -1,11 +1,10 @@
 """A corpus becomes token files: once, under a lock, whole or not at all, verified whenever it is opened."""
 
 import fcntl
-import json
+import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,36 +12,42 @@ import numpy as np
 import tokenizers
 import torch
 
-from data.corpora import SPLITS, StandardLibrary, TextFiles, digest_of, file_digest
-from data.tokenizer import END, cut, train_tokenizer
+from data.corpora import SPLITS, Corpus
+from data.progress import Meter
+from data.records import digest_of, file_digest, read_record, write_record
+from data.shards import token_counts, write_split
+from data.tokenizer import Dictionary, load_tokenizer
 
-Corpus = StandardLibrary | TextFiles
-BATCH = 32  # pieces encoded at a time; the encodings of a batch of long ones take some hundred megabytes
-FILES = (*(f"{split}.npy" for split in SPLITS), "counts.npy", "tokenizer.json")
+# Together with those of the corpus and the dictionary: the code that decides what is prepared.
+CODE = ("corpora.py", "encoding.py", "prepare.py", "shards.py", "tokenizer.py")
 
 
 class Prepared(NamedTuple):
     """A corpus on disk. `tokens` are read-only memory maps of a split's documents, each followed by END."""
 
     folder: Path
-    fingerprint: str  # equal if and only if tokens and tokenizer are
+    fingerprint: str  # equal if and only if tokens, what counts of them and tokenizer are
     vocab_size: int
     token_counts: torch.Tensor  # (V,) int64, how often each id is in the training split
     tokens: dict[str, np.ndarray]  # split -> (tokens,) uint16 or uint32
-    splits: dict[str, dict]  # split -> documents, tokens, bytes (of UTF-8), unigram_entropy (nats a token)
+    # split -> documents and tokens; counted (tokens), unknown (of them), words and bytes (of UTF-8) of the text that
+    # counts; unigram_entropy (nats a counted token)
+    splits: dict[str, dict]
+    counted: dict[str, np.ndarray] = {}  # split -> (tokens,) bool, which may enter the loss; of those where not all do
 
 
-def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], None] = print) -> Prepared:
+def prepare(corpus: Corpus, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print) -> Prepared:
     """Open the corpus's folder in `cache`, made first if it is not there or damaged; `say` hears of work only.
 
-    Processes may call this at once: one works, the others wait and open what it made.
+    Processes may call this at once: one works, the others wait and open what it made. Killed, the next goes on.
     ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     try:
         # Another source, option, tokenizer library or code: another folder.
-        code = [file_digest(Path(__file__).with_name(n)) for n in ("corpora.py", "tokenizer.py", "prepare.py")]
-        source = corpus.digest()
-        folder = cache / digest_of([source, vocab_size, tokenizers.__version__, code])[:32]
+        files = {Path(__file__).with_name(name) for name in CODE}
+        files |= {Path(inspect.getfile(type(part))) for part in (corpus, dictionary)}
+        source, code = corpus.digest(), sorted(map(file_digest, files))
+        folder = cache / digest_of([source, dictionary.digest(), tokenizers.__version__, code])[:32]
         cache.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -51,7 +56,7 @@ def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], N
                     return open_prepared(folder)
                 except (ValueError, OSError) as error:
                     say(f"the prepared corpus in {folder} is broken and is made again: {error}")
-            _build(corpus, source, vocab_size, folder, say)
+            _build(corpus, dictionary, source, folder, say)
             return open_prepared(folder)
     except OSError as error:
         raise ValueError(f"the corpus cannot be prepared in {cache}: {error}") from error
@@ -59,62 +64,73 @@ def prepare(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], N
 
 def open_prepared(folder: Path) -> Prepared:
     """Verify a prepared folder, every byte of it, and map it. ValueError or OSError if anything is off."""
-    meta = json.loads((folder / "meta.json").read_bytes())
-    if meta.pop("sha256", None) != digest_of(meta):
-        raise ValueError("meta.json is damaged")
-    for name, digest in meta["files"].items():
-        if file_digest(folder / name) != digest:
-            raise ValueError(f"{name} is damaged")
-    tokens = {s: np.load(folder / f"{s}.npy", mmap_mode="r", allow_pickle=False) for s in SPLITS}
+    meta = read_record(folder / "meta.json")
+    for name in ("dictionary", *SPLITS):  # records of the work
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    maps = {s: np.load(folder / f"{s}.npy", mmap_mode="r", allow_pickle=False) for s in SPLITS}
+    masked = [split for split in SPLITS if f"{split}.counted.npy" in meta["files"]]
+    counted = {s: np.load(folder / f"{s}.counted.npy", mmap_mode="r", allow_pickle=False) for s in masked}
     counts = torch.from_numpy(np.load(folder / "counts.npy", allow_pickle=False))
-    return Prepared(folder, digest_of(meta["files"]), len(counts), counts, tokens, meta["splits"])
+    for split, tokens in maps.items():
+        if tokens.max() >= len(counts):
+            raise ValueError(f"{split}.npy must have ids below {len(counts)}; it has {tokens.max()}")
+        if split in counted and (len(counted[split]) != len(tokens) or counted[split].dtype != bool):
+            raise ValueError(f"{split}.counted.npy must have a bool for each of {len(tokens)} tokens")
+    return Prepared(folder, digest_of(meta["files"]), len(counts), counts, maps, meta["splits"], counted)
 
 
-def _build(corpus: Corpus, source: str, vocab_size: int, folder: Path, say: Callable[[str], None]) -> None:
-    """Write into a temporary folder, then rename it: a kill at any moment leaves no half-made `folder`."""
-    began = time.monotonic()
-    partial = folder.with_suffix(".partial")
-    partial.mkdir(exist_ok=True)  # what a killed process left in it is written over
+def _build(corpus: Corpus, dictionary: Dictionary, source: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Write into a folder of its own, then rename it: a kill at any moment leaves no half-made `folder`.
+
+    What a killed process has finished stays in that folder for the next; what failed is taken away.
+    """
+    began, partial = time.monotonic(), folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
     try:
-        say(f"preparing the corpus: training a tokenizer of {vocab_size} entries")
-        tokenizer = train_tokenizer(corpus.documents("train"), vocab_size)
-        (partial / "tokenizer.json").write_text(tokenizer.to_str())
-        splits, counts = {}, {}
-        for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
-            splits[split], counts[split] = _write_split(partial / f"{split}.npy", corpus.documents(split), tokenizer)
-            if not splits[split]["documents"]:
-                remedy = "it needs more documents, or other data.corpus shares"
-                raise ValueError(f"the {split} split of the corpus is empty: {remedy}")
-            figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
-            say(f"preparing the corpus: {split}: {figures}")
-        np.save(partial / "counts.npy", counts["train"])
+        with Meter(say) as meter:
+            _make_dictionary(corpus, dictionary, partial, say, meter)
+            tokenizer, splits = load_tokenizer(partial), {}
+            for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
+                meter.begin(split)
+                splits[split] = write_split(partial, split, corpus.documents(split), tokenizer, meter.add)
+                _check_split(split, splits[split])
+                figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
+                say(f"preparing the corpus: {split}: {figures}")
+        tokens = np.load(partial / "train.npy", mmap_mode="r", allow_pickle=False)
+        np.save(partial / "counts.npy", token_counts(tokenizer.get_vocab_size(), tokens))
         if corpus.digest() != source:
             raise ValueError("the corpus changed while it was being prepared; start again")
-        meta = {"splits": splits, "files": {name: file_digest(partial / name) for name in FILES}}
-        (partial / "meta.json").write_text(json.dumps({**meta, "sha256": digest_of(meta)}, indent=1))
+        files = sorted([path.name for path in partial.glob("*.npy")] + ["tokenizer.json"])
+        write_record(partial / "meta.json", {"splits": splits}, files)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    finally:
+    except ValueError:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
     say(f"prepared the corpus in {time.monotonic() - began:.0f} s: {folder}")
 
 
-def _write_split(path: Path, texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> tuple[dict, np.ndarray]:
-    """Stream a split's tokens into a .npy file; returns its figures and token counts (V,)."""
-    vocab_size = tokenizer.get_vocab_size()
-    header = {"descr": "<u2" if vocab_size <= 1 << 16 else "<u4", "fortran_order": False}
-    counts, size = np.zeros(vocab_size, np.int64), 0
-    pieces = (piece for text in texts if text.strip() for piece in (*cut(text), ""))  # "" encodes to nothing: END
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
-        while batch := list(islice(pieces, BATCH)):
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            ids = np.concatenate([encoding.ids or [END] for encoding in encodings])
-            file.write(ids.astype(header["descr"]).data)
-            counts += np.bincount(ids, minlength=vocab_size)
-            size += sum(len(piece.encode()) for piece in batch)
-        file.seek(0)  # numpy pads its header so that it keeps its length while the first axis grows
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (int(counts.sum()),)})
-    share = counts[counts > 0] / counts.sum()
-    figures = {"documents": int(counts[END]), "tokens": int(counts.sum()), "bytes": size}
-    return {**figures, "unigram_entropy": float(-(share * np.log(share)).sum())}, counts
+def _make_dictionary(
+    corpus: Corpus, dictionary: Dictionary, partial: Path, say: Callable[[str], None], meter: Meter
+) -> None:
+    """tokenizer.json, unless a killed process has left it whole."""
+    record = partial / "dictionary.json"
+    try:
+        read_record(record)
+    except (ValueError, OSError):
+        size = dictionary.size()
+        say(f"preparing the corpus: making a dictionary of {f'{size:,} entries' if size else 'words'}")
+        meter.begin("dictionary")
+        tokenizer = dictionary.make(meter.texts(corpus.documents("train")))
+        (partial / "tokenizer.json").write_text(tokenizer.to_str())
+        write_record(record, {}, ["tokenizer.json"])
+        if not size:
+            say(f"preparing the corpus: the dictionary has {tokenizer.get_vocab_size():,} entries")
+
+
+def _check_split(split: str, figures: dict) -> None:
+    if not figures["documents"]:
+        remedy = "it needs more documents, or other data.corpus shares"
+        raise ValueError(f"the {split} split of the corpus is empty: {remedy}")
+    if not figures["counted"]:
+        raise ValueError(f"the {split} split of the corpus has no token that counts in the loss")

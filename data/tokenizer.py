@@ -1,11 +1,19 @@
-"""Byte-level BPE: decode(encode(text)) is the text, whatever it is, and ids 0 and 1 never come from text."""
+"""Dictionaries of bytes and byte pairs: decode(encode(text)) is the text, whatever it is; and what all have in common.
+
+All of them keep ids 0 and 1 for the end and the begin of a document, and no text can spell these.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data.dictionary_files import read_dictionary
+from data.records import digest_of
 
 END, BEGIN = 0, 1  # after every document; before the first token where a router looks back
 SPECIAL = ["<|end|>", "<|begin|>"]
@@ -16,20 +24,72 @@ PIECE = 1 << 16  # characters
 _SEAM = re.compile(r"(?<=\S)(?=[ \n])")
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+class Dictionary(Protocol):
+    """What a yaml of the group `tokenizer` describes. Raises ValueError, when made, for what cannot be."""
+
+    def digest(self) -> str:
+        """Of all that decides the tokenizer, beside the text and the library."""
+        ...
+
+    def size(self) -> int | None:
+        """Its entries; None if that is known only from the text."""
+        ...
+
+    def make(self, texts: Iterable[str]) -> Tokenizer:
+        """Trained on these texts, or loaded. Raises ValueError if they are too short."""
+        ...
+
+
+@dataclass
+class BytePairs:
+    """Byte-level BPE of exactly vocab_size entries, from the first TRAIN_BYTES of the text; or that of a file."""
+
+    vocab_size: int
+    file: str | None
+
+    def __post_init__(self):
+        if self.vocab_size < 258:
+            rule = "must be at least 258, for 256 bytes and 2 special ids"
+            raise ValueError(f"data.vocab_size {rule}; got {self.vocab_size}")
+        self.loaded = read_dictionary(self.file, models.BPE, SPECIAL) if self.file else None
+
+    def digest(self) -> str:
+        return digest_of(["byte pairs", self.loaded.to_str() if self.loaded else self.vocab_size])
+
+    def size(self) -> int:
+        return self.loaded.get_vocab_size() if self.loaded else self.vocab_size
+
+    def make(self, texts: Iterable[str]) -> Tokenizer:
+        return self.loaded or train_tokenizer(texts, self.vocab_size)
+
+
+@dataclass
+class Bytes:
+    """A token is a byte of UTF-8, and byte b is id b + 2."""
+
+    def digest(self) -> str:
+        return digest_of("bytes")
+
+    def size(self) -> int:
+        return 258
+
+    def make(self, texts: Iterable[str]) -> Tokenizer:
+        """The texts are not looked at."""
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # visible bytes stand for themselves, others in order from 256
+        others = iter(range(256, 512))
+        letters = [chr(byte) if chr(byte) in alphabet else chr(next(others)) for byte in range(256)]
+        return _byte_level(models.BPE({name: place for place, name in enumerate(SPECIAL + letters)}, []))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """BPE of exactly `vocab_size` entries from the first TRAIN_BYTES of the text; ValueError if they cannot be had."""
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 258: 256 bytes and 2 special ids")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options)
-    tokenizer.train_from_iterator(_first_pieces(documents), trainer)
+    tokenizer.train_from_iterator(_first_pieces(texts), trainer)
     if (reached := tokenizer.get_vocab_size()) != vocab_size:
         raise ValueError(f"data.vocab_size={vocab_size}: the training text is too short, it yields {reached} entries")
-    tokenizer.encode_special_tokens = True  # text that spells "<|end|>" must not become id 0
     return tokenizer
 
 
@@ -58,9 +118,17 @@ def cut(text: str) -> Iterator[str]:
         start = end
 
 
-def _first_pieces(documents: Iterable[str]) -> Iterator[str]:
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.encode_special_tokens = True  # text that spells "<|end|>" must not become id 0
+    return tokenizer
+
+
+def _first_pieces(texts: Iterable[str]) -> Iterator[str]:
     left = TRAIN_BYTES
-    for piece in chain.from_iterable(map(cut, documents)):
+    for piece in chain.from_iterable(map(cut, texts)):
         left -= len(piece.encode())
         if left < 0:
             return

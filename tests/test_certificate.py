@@ -10,7 +10,7 @@ import models.feedforward
 from data.markov import Markov
 from data.prepare import prepare
 from data.randomness import generator, uniform
-from data.tokenizer import END
+from data.tokenizer import END, BytePairs
 from routers.certificate import state
 from routers.certificate.alarm import leak_alarm
 from routers.certificate.findings import CONFIRMED, FAILED
@@ -442,7 +442,7 @@ def test_its_text_has_that_entropy_and_those_frequencies():
 
 def test_its_letters_are_tokens_and_splits_differ(tmp_path):
     language = small()
-    prepared = prepare(language, 258, tmp_path, say=lambda _: None)  # type: ignore[arg-type]
+    prepared = prepare(language, BytePairs(258, None), tmp_path, say=lambda _: None)
     for split, least in (("train", 20_000), ("validation", 2_000), ("test", 2_000)):
         documents = list(language.documents(split))
         stream = prepared.tokens[split]

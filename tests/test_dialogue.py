@@ -238,4 +238,4 @@ def test_each_set_is_read_by_a_yaml_that_takes_its_folder(name, tmp_path):
         )
         assert len(splits["train"]) == 300 - len(splits["validation"]) and len(splits["test"]) == 100
     elif name == "scotus":
-        assert len(splits["train"]) == 2 * 8 * 3 and len(splits["validation"]) == 8 * 3
+        assert len(splits["train"]) == 2 * 8 * 4 and len(splits["validation"]) == 8 * 4

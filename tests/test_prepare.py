@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import data.encoding
 import data.prepare
+import data.shards
 import data.tokenizer
 from data.corpora import SPLITS, TextFiles
 from data.prepare import Prepared, prepare
-from data.tokenizer import BEGIN, END, cut, decode, encode, load_tokenizer, train_tokenizer
+from data.tokenizer import BEGIN, END, BytePairs, cut, decode, encode, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
@@ -32,6 +34,9 @@ WORDS = [
     "x=1;\n",
     "\r\n",
 ]
+
+
+FILES = (*(f"{split}.npy" for split in SPLITS), "counts.npy", "tokenizer.json")
 
 
 def prose(seed: int, words: int) -> str:
@@ -61,12 +66,13 @@ def write_documents(folder: Path, **splits: list[str]) -> TextFiles:
 
 
 def same_bytes(first: Prepared, second: Prepared) -> bool:
-    names = data.prepare.FILES
+    names = sorted(path.name for path in first.folder.iterdir())
+    assert names == sorted(path.name for path in second.folder.iterdir())
     return all((first.folder / name).read_bytes() == (second.folder / name).read_bytes() for name in names)
 
 
 def test_the_stream_is_every_document_followed_by_the_end_id(corpus, tmp_path):
-    prepared = prepare(corpus, 300, tmp_path / "cache")
+    prepared = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
     tokenizer = load_tokenizer(prepared.folder)
     for split in SPLITS:
         ids = prepared.tokens[split].tolist()
@@ -82,20 +88,21 @@ def test_the_stream_is_every_document_followed_by_the_end_id(corpus, tmp_path):
 def test_figures_are_those_of_hand_arithmetic(tmp_path):
     # 258 entries are the bytes and the two special ids, so a token is a byte.
     corpus = write_documents(tmp_path, train=["ab", "", "b"], validation=["abab"], test=["é"])
-    prepared = prepare(corpus, 258, tmp_path / "cache")
+    prepared = prepare(corpus, BytePairs(258, None), tmp_path / "cache")
     a, b = encode(load_tokenizer(prepared.folder), "ab")
     assert prepared.tokens["train"].tolist() == [a, b, END, b, END]
     expected = torch.zeros(258, dtype=torch.int64)
     expected[a], expected[b], expected[END] = 1, 2, 2
     assert torch.equal(prepared.token_counts, expected)
     entropy = -2 * 0.4 * math.log(0.4) - 0.2 * math.log(0.2)
-    figures = {"documents": 1, "tokens": 5, "bytes": 4, "unigram_entropy": pytest.approx(entropy, abs=1e-12)}
+    figures = {"documents": 1, "tokens": 5, "counted": 5, "words": 1, "bytes": 4, "unknown": 0}
+    figures["unigram_entropy"] = pytest.approx(entropy, abs=1e-12)
     assert prepared.splits["validation"] == figures
     assert prepared.splits["test"]["bytes"] == 2 and prepared.splits["test"]["tokens"] == 3
 
 
 def test_text_survives_encoding_and_never_becomes_a_special_id(corpus, tmp_path):
-    tokenizer = load_tokenizer(prepare(corpus, 300, tmp_path / "cache").folder)
+    tokenizer = load_tokenizer(prepare(corpus, BytePairs(300, None), tmp_path / "cache").folder)
     draw = random.Random(0)
     texts = ["", "<|end|>", " <|begin|><|end|>\x00", "\r\n\t  x", "".join(map(chr, range(0x300)))]
     texts += ["".join(chr(draw.choice([32, 10, draw.randrange(0xD800)])) for _ in range(200)) for _ in range(50)]
@@ -120,10 +127,11 @@ def test_long_documents_encode_in_pieces_as_they_do_whole(monkeypatch):
 
 
 def test_pieces_and_batches_leave_no_mark_in_the_stream(corpus, tmp_path, monkeypatch):
-    whole = prepare(corpus, 300, tmp_path / "whole")
-    monkeypatch.setattr(data.prepare, "BATCH", 100)
+    whole = prepare(corpus, BytePairs(300, None), tmp_path / "whole")
+    monkeypatch.setattr(data.encoding, "BATCH", 100)
+    monkeypatch.setattr(data.shards, "SHARD", 1000)
     monkeypatch.setattr(data.tokenizer, "PIECE", 16)
-    assert same_bytes(prepare(corpus, 300, tmp_path / "cut"), whole)
+    assert same_bytes(prepare(corpus, BytePairs(300, None), tmp_path / "cut"), whole)
 
 
 def test_the_tokenizer_sees_the_first_of_the_text_alone(monkeypatch):
@@ -135,38 +143,49 @@ def test_the_tokenizer_sees_the_first_of_the_text_alone(monkeypatch):
     assert whole != train_tokenizer([*texts, "qq" * 2000], 300).to_str()
 
 
+def tokenizer_of(ids: list[int], vocab_size: int):
+    """One that gives every text these ids."""
+    encodings = [SimpleNamespace(ids=ids), SimpleNamespace(ids=[])]
+    fake = {"get_vocab_size": lambda: vocab_size, "encode_batch_fast": lambda *_, **__: encodings, "model": None}
+    return SimpleNamespace(**fake)
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path, token):
+    with pytest.raises(ValueError, match=rf"token ids must be in 0\.\.299; the tokenizer gives .*{token}"):
+        data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, token], 300), id)
+    assert not (tmp_path / "train.npy").exists()
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_the_largest_id_fits_the_file(tmp_path, vocab_size, dtype):
-    encodings = [SimpleNamespace(ids=[5, vocab_size - 1]), SimpleNamespace(ids=[])]
-    tokenizer = SimpleNamespace(get_vocab_size=lambda: vocab_size, encode_batch_fast=lambda *_, **__: encodings)
-    path = tmp_path / "train.npy"
-    figures, counts = data.prepare._write_split(path, ["text"], tokenizer)  # type: ignore
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    figures = data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, vocab_size - 1], vocab_size), id)
+    ids = np.load(tmp_path / "train.npy", mmap_mode="r", allow_pickle=False)
     assert ids.tolist() == [5, vocab_size - 1, END] and ids.dtype == dtype
-    assert figures["tokens"] == 3 and counts[vocab_size - 1] == 1
+    assert figures["tokens"] == 3 and data.shards.token_counts(vocab_size, ids)[vocab_size - 1] == 1
 
 
 def test_what_is_prepared_is_opened_without_a_word_or_a_write(corpus, tmp_path):
     said: list[str] = []
-    first = prepare(corpus, 300, tmp_path / "cache", said.append)
+    first = prepare(corpus, BytePairs(300, None), tmp_path / "cache", said.append)
     assert said[0].startswith("preparing the corpus") and "20 documents" in said[1]
     said.clear()
     stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    second = prepare(corpus, 300, tmp_path / "cache", said.append)
+    second = prepare(corpus, BytePairs(300, None), tmp_path / "cache", said.append)
     assert said == [] and second.fingerprint == first.fingerprint and second.splits == first.splits
     assert stamps == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     assert not second.tokens["train"].flags.writeable
 
 
 def test_the_key_follows_everything_and_the_fingerprint_the_data(corpus, tmp_path, monkeypatch):
-    first = prepare(corpus, 300, tmp_path / "cache")
-    assert prepare(corpus, 301, tmp_path / "cache").fingerprint != first.fingerprint
+    first = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
+    assert prepare(corpus, BytePairs(301, None), tmp_path / "cache").fingerprint != first.fingerprint
     monkeypatch.setattr(data.prepare.tokenizers, "__version__", "another")
-    other_code = prepare(corpus, 300, tmp_path / "cache")
+    other_code = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
     assert other_code.folder != first.folder and other_code.fingerprint == first.fingerprint
     source = tmp_path / "test.jsonl"
     source.write_text(source.read_text().replace("router", "Router", 1))
-    changed = prepare(corpus, 300, tmp_path / "cache")
+    changed = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
     assert changed.folder != other_code.folder and changed.fingerprint != first.fingerprint
 
 
@@ -176,10 +195,10 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", [*data.prepare.FILES, "meta.json"])
+@pytest.mark.parametrize("name", [*FILES, "meta.json"])
 def test_a_damaged_cache_is_made_again_and_says_so(corpus, tmp_path, name):
-    good = prepare(corpus, 300, tmp_path / "good")
-    prepared = prepare(corpus, 300, tmp_path / "cache")
+    good = prepare(corpus, BytePairs(300, None), tmp_path / "good")
+    prepared = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
     path = prepared.folder / name
     size = path.stat().st_size
     damages = [lambda place=place: flip(path, place) for place in (0, size // 2, size - 3)]
@@ -187,22 +206,24 @@ def test_a_damaged_cache_is_made_again_and_says_so(corpus, tmp_path, name):
     for damage in damages:
         damage()
         said: list[str] = []
-        again = prepare(corpus, 300, tmp_path / "cache", said.append)
+        again = prepare(corpus, BytePairs(300, None), tmp_path / "cache", said.append)
         assert "is broken and is made again" in said[0] and "\n" not in said[0]
         assert same_bytes(again, good) and again.fingerprint == good.fingerprint
 
 
-def start(script: str, folder: Path) -> subprocess.Popen[str]:
+def start(script: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script, str(folder)]
+    command = [sys.executable, "-c", script, str(folder), *words]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 OPEN_CORPUS = """
 import os, signal, sys
 from pathlib import Path
-import data.prepare
+import data.prepare, data.records, data.encoding, data.shards
 from data.corpora import TextFiles
+from data.tokenizer import BytePairs
+data.shards.SHARD, data.encoding.BATCH = 1500, 400
 folder = Path(sys.argv[1])
 names = ("train", "validation", "test")
 corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text")
@@ -211,8 +232,8 @@ corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0,
 PREPARE = f"""{OPEN_CORPUS}
 print("ready", flush=True)
 sys.stdin.readline()
-data.prepare.prepare(corpus, 300, folder / "cache")
-print(data.prepare.prepare(corpus, 300, folder / "cache").fingerprint)
+data.prepare.prepare(corpus, BytePairs(300, None), folder / "cache")
+print(data.prepare.prepare(corpus, BytePairs(300, None), folder / "cache").fingerprint)
 """
 
 
@@ -226,13 +247,13 @@ def test_processes_that_prepare_at_once_share_one_result(corpus, tmp_path):
         process.stdin.flush()
     outputs = [process.communicate()[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0] * 3
-    good = prepare(corpus, 300, tmp_path / "alone")
+    good = prepare(corpus, BytePairs(300, None), tmp_path / "alone")
     assert {lines[-1] for lines in outputs} == {good.fingerprint}
-    assert sum("training a tokenizer" in line for lines in outputs for line in lines) == 1
+    assert sum("making a dictionary" in line for lines in outputs for line in lines) == 1
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]
 
 
-# Every line said and every file digested is a moment to die at.
+# Every line said, every batch encoded and every file digested is a moment to die at.
 KILL = f"""{OPEN_CORPUS}
 def dying_at(moment, action):
     def step(*arguments):
@@ -243,49 +264,59 @@ def dying_at(moment, action):
         return action(*arguments)
     return step
 
-digest = data.prepare.file_digest
-for moment in range(1, 100):
+def run(cache, moment, digests=True):
     if (child := os.fork()) == 0:
+        global moments
         moments = 0
-        data.prepare.file_digest = dying_at(moment, digest)
-        data.prepare.prepare(corpus, 300, folder / f"cache {{moment}}", dying_at(moment, lambda line: None))
+        if digests:
+            data.records.file_digest = dying_at(moment, data.records.file_digest)
+        data.encoding.Encoded = dying_at(moment, data.encoding.Encoded)
+        say = dying_at(moment, lambda line: None)
+        data.prepare.prepare(corpus, BytePairs(300, None), folder / cache, say)
         os._exit(0)
-    print(status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    if status == 0:
-        break
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+moment, deaths = 1, 0
+while run(f"cache {{moment}}", moment):
+    moment += int(sys.argv[2])
+while run("cache 0", 9, digests=False):
+    deaths += 1
+    assert deaths < 100, "it never gets further"
+print(moment, deaths)
 """
 
 
-def test_a_preparer_that_is_killed_at_any_moment_is_repaired_by_the_next(corpus, tmp_path):
-    good = prepare(corpus, 300, tmp_path / "alone")
-    output, _ = start(KILL, tmp_path).communicate()
-    moments = 3 + 5 + 2 * len(data.prepare.FILES)  # code digested, lines said, files digested by writer and reader
-    assert output.split() == ["-9"] * moments + ["0"]
-    for moment in range(1, moments + 1):
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.long)])
+def test_a_preparer_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(corpus, tmp_path, stride):
+    good = prepare(corpus, BytePairs(300, None), tmp_path / "alone")
+    output = start(KILL, tmp_path, str(stride)).communicate()[0]
+    moments, deaths = map(int, output.split())
+    assert moments > 80 and deaths > 5  # killed once at each moment; killed again and again after a little work
+    for moment in (0, *range(1, moments, stride)):
         cache = tmp_path / f"cache {moment}"
-        assert same_bytes(prepare(corpus, 300, cache), good)
+        assert same_bytes(prepare(corpus, BytePairs(300, None), cache), good)
         assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
 
 
 def test_a_failure_leaves_no_half_made_cache(tmp_path):
     corpus = write_documents(tmp_path, train=["ab"], validation=["ab"], test=["   "])
     with pytest.raises(ValueError, match="the test split of the corpus is empty"):
-        prepare(corpus, 258, tmp_path / "cache")
+        prepare(corpus, BytePairs(258, None), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_too_short_a_corpus_and_too_small_a_vocabulary_are_refused(corpus, tmp_path):
     for size in (257, 0):
-        with pytest.raises(ValueError, match=f"vocab_size={size} must be at least 258"):
-            prepare(corpus, size, tmp_path / "cache")
+        with pytest.raises(ValueError, match=f"data.vocab_size must be at least 258, .*; got {size}"):
+            prepare(corpus, BytePairs(size, None), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"vocab_size=9000: the training text is too short, it yields \d+"):
-        prepare(corpus, 9000, tmp_path / "cache")
+        prepare(corpus, BytePairs(9000, None), tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot be prepared in .*Not a directory") as error:
-        prepare(corpus, 300, tmp_path / "file" / "cache")
+        prepare(corpus, BytePairs(300, None), tmp_path / "file" / "cache")
     assert "\n" not in str(error.value)
 
 
@@ -295,4 +326,4 @@ def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path):
             (tmp_path / "test.jsonl").write_text('{"text": "changed"}')
 
     with pytest.raises(ValueError, match="changed while it was being prepared"):
-        prepare(corpus, 300, tmp_path / "cache", say)
+        prepare(corpus, BytePairs(300, None), tmp_path / "cache", say)

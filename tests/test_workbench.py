@@ -299,7 +299,7 @@ BAD = [
     ("audit router=nonesuch", "router/nonesuch"),
     ("audit router=hash_random --layer 0", "--layer must be one of model.sparse_layers = [1]; got 0"),
     ("audit router=hash_random --out x", "audit prints and takes no --out"),
-    ("audit router=hash_random num_experts=301", "num_experts must be at most data.vocab_size = 300; got 301"),
+    ("audit router=hash_random num_experts=301", "num_experts must be at most the dictionary's 300; got 301"),
     ("audit router=hash_random router.table=file router.file=none.safetensors", "no safetensors file"),
     ("audit router=hash_random data.sequence_length=1000000", "fewer than one window"),
     ("audit router=hash_random --al", "unrecognized arguments: --al"),

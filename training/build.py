@@ -5,13 +5,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.batches import Batch, Split, Tokens, evaluation_batches
 from data.prepare import Prepared, prepare
-from data.tokenizer import BEGIN, END
+from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
 from models.experts import ExpertLayer
 from models.transformer import Transformer
@@ -60,7 +61,7 @@ def router_maker(
     """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
 
     def training_text() -> Iterable[Tokens]:
-        split = Split(prepared, "train", settings.data.sequence_length)
+        split = Split(prepared, "train", settings.data.sequence_length, settings.data.packing)
         return (batch.tokens for batch in evaluation_batches(split, 64))
 
     def router(layer: int) -> Router:
@@ -122,10 +123,19 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
 
 def open_data(settings: Settings) -> Prepared:
     """The run's data, prepared if need be. Raises ValueError for unusable data."""
-    return _open_data(json.dumps(settings.data.corpus), settings.data.vocab_size, settings.data.cache)
+    return _open_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
 
 
 @functools.cache  # the jobs of a sweep mostly share their data
-def _open_data(corpus_node: str, vocab_size: int, cache: str) -> Prepared:
+def _open_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared:
     corpus, options = target(json.loads(corpus_node))
-    return prepare(corpus(**options), vocab_size, Path(cache).expanduser())
+    dictionary = make_dictionary(json.loads(tokenizer_node))
+    return prepare(corpus(**options), dictionary, Path(cache).expanduser())
+
+
+def make_dictionary(node: dict[str, Any]) -> Dictionary:
+    """What the group `tokenizer` describes. Raises ValueError for options or a file that cannot be."""
+    dictionary, options = target(node)
+    if not all(hasattr(dictionary, method) for method in ("digest", "size", "make")):
+        raise ValueError(f"tokenizer._target_ must be a class with digest, size and make; got {node['_target_']}")
+    return dictionary(**options)

@@ -3,8 +3,10 @@
 B batch, S sequence, E experts, V vocabulary
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +55,9 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
-    ce_sum, tokens (); document_ce_sum, document_tokens (documents,); decile_ce_sum, decile_tokens (10,) by the
-    target's training frequency, the most frequent first; for each sparse layer load/<layer> (E,) and
-    token_expert/<layer> (V, E), how often each token id went to each expert.
+    ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
+    decile_tokens (10,) by the target's training frequency, the most frequent first; for each sparse layer load/<layer>
+    (E,) and token_expert/<layer> (V, E), how often each token id went to each expert.
     """
     device = model.embedding.device
     deciles = frequency_deciles(counts).numpy()
@@ -67,7 +69,7 @@ def evaluate(
             ce, routings, _ = losses(moved, plans)
             counted = batch.counted.numpy()
             values = ce.double().cpu().numpy()[counted]
-            for name, place in (("document", batch.document.numpy()), ("decile", deciles[batch.target.numpy()])):
+            for name, place in (("document", batch.target_document.numpy()), ("decile", deciles[batch.target.numpy()])):
                 weights = values, np.ones_like(values)
                 sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
             for layer, routing in routings.items():
@@ -86,3 +88,18 @@ def evaluate(
 def mean_ce(sums: dict[str, Tensor]) -> float:
     """Nats per token."""
     return float(sums["ce_sum"] / sums["tokens"])
+
+
+def text_figures(ce: float, text: dict[str, Any]) -> dict[str, float | None]:
+    """What dictionaries can be compared by. ce: nats per counted token; text: the split's figures, as in Prepared.
+
+    word_perplexity: exp(nats of the counted tokens, ends included, over the words that whitespace parts), None where it
+    is no number; bits_per_byte: of UTF-8; unknown_share: of tokens that are the unknown word, whose text is not priced.
+    """
+    nats = ce * text["counted"]
+    per_word = nats / text["words"] if text["words"] else math.inf
+    return {
+        "word_perplexity": math.exp(per_word) if per_word < 700 else None,
+        "bits_per_byte": nats / math.log(2) / text["bytes"],
+        "unknown_share": text["unknown"] / text["counted"],
+    }

@@ -22,11 +22,11 @@ from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, open_data, precision
-from training.evaluation import evaluate, mean_ce
+from training.evaluation import evaluate, mean_ce, text_figures
 from training.folder import held, is_finished, require_space
 from training.loop import Diverged, Interrupted, Progress, Trainer, stop_requests
 from training.optimizer import make_optimizer
-from training.preflight import read
+from training.preflight import check_routers, read
 from training.provenance import provenance
 from training.recorder import Recorder
 from training.settings import Settings, digest_of
@@ -48,7 +48,9 @@ def open_run(settings: Settings) -> Run:
     prepared = open_data(settings)
     if settings.router.get("baseline"):
         checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
-    splits = {name: Split(prepared, name, settings.data.sequence_length) for name in prepared.tokens}
+    check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
+    length, packing = settings.data.sequence_length, settings.data.packing
+    splits = {name: Split(prepared, name, length, packing) for name in prepared.tokens}
     name = f"{settings.arm}-s{settings.seed}-{digest_of(settings, prepared.fingerprint)}"
     return Run(settings, prepared, splits, Path(settings.runs).expanduser().absolute() / name)
 
@@ -107,11 +109,15 @@ def _train(opened: Run) -> int:
             recorder.log({"val/ce": mean_ce(measure("validation"))})
 
         counts, per_step = origin["parameters"], train.batch_size * settings.data.sequence_length
-        tokens = train.steps * per_step
+        split = opened.splits["train"]
+        epochs = train.steps * train.batch_size / split.full  # of windows, each once an epoch
+        filled = split.tokens_per_epoch / (split.full * split.length)
+        dictionary = f"; dictionary of {prepared.vocab_size:,} entries"
+        padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
         recorder.say(f"{settings.arm}, seed {settings.seed}: {folder}")
         recorder.say(
             f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}, dispatch "
-            f"{origin['dispatch']}; {tokens:,} tokens, {tokens / prepared.splits['train']['tokens']:.2f} epochs"
+            f"{origin['dispatch']}; {train.steps * per_step:,} tokens{padding}, {epochs:.2f} epochs{dictionary}"
             + (f"; going on after step {progress.step}" if progress.step else "")
         )
         batches = TrainingBatches(opened.splits["train"], train.batch_size, settings.seed)
@@ -136,6 +142,7 @@ def _train(opened: Run) -> int:
             "parameters/total": counts["total"],
             "train_flops_per_token": origin["train_flops_per_token"],
             "data_fingerprint": prepared.fingerprint,
+            "vocab_size": prepared.vocab_size,
             "leaks": sorted({leak for router in model.routers.values() for leak in router.leaks}),
         }
         recorder.mirror(lambda run: run.summary.update(result))
@@ -157,7 +164,9 @@ def _held_out(opened: Run, model: Transformer, measure: Callable[..., dict[str, 
         sums = measure(split)
         ce = mean_ce(sums)
         result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
-        result[f"{name}/unigram_entropy"] = opened.prepared.splits[split]["unigram_entropy"]
+        text = opened.prepared.splits[split]
+        result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
+        result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
         if any(router.trains_differently for router in model.routers.values()):
             result[f"{name}/ce_as_in_training"] = mean_ce(measure(split, as_in_training=True))
         tensors |= {f"{split}/{key}": value for key, value in sums.items()}

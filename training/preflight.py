@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.build import make_router
+from training.build import make_dictionary, make_router
 from training.folder import is_finished
 from training.settings import Settings
 from training.targets import PACKAGES, check_targets, one_line, target
@@ -37,28 +37,36 @@ def read(config: DictConfig) -> Settings:
     shared = settings.experts.get("num_shared")
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
-    if settings.router.get("_target_") is not None:
-        _check_router(settings)
+    vocab_size = make_dictionary(settings.tokenizer).size()
+    if settings.router.get("baseline") is not None:
+        _find_baseline(settings)
+    check_routers(settings, vocab_size)
     return settings
 
 
-def _check_router(settings: Settings) -> None:
-    """Every layer's router takes its options. router.baseline, a folder or a glob, becomes the run that it names."""
-    pattern, stand_in = settings.router.get("baseline"), None
-    if pattern is not None:
-        found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
-        kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
-        if len(kept) != 1:
-            made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
-            rule = f"must name one finished run that kept its weights; python run.py router={made_by} makes one,"
-            rule += " with record.keep_weights=true and the same seed, data and scale"
-            names = ", ".join(sorted(run.name for run in kept)) or "none"
-            raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
-        settings.router["baseline"], stand_in = str(kept[0]), torch.nn.Identity()
-    if settings.num_experts > settings.data.vocab_size:
-        limit = f"at most data.vocab_size = {settings.data.vocab_size}"
-        raise ValueError(f"num_experts must be {limit}; got {settings.num_experts}")
-    counts = torch.ones(settings.data.vocab_size, dtype=torch.int64)
+def _find_baseline(settings: Settings) -> None:
+    """router.baseline, a folder or a glob, becomes the run that it names."""
+    pattern = settings.router["baseline"]
+    found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
+    kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
+    if len(kept) != 1:
+        made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+        rule = f"must name one finished run that kept its weights; python run.py router={made_by} makes one,"
+        rule += " with record.keep_weights=true and the same seed, data and scale"
+        names = ", ".join(sorted(run.name for run in kept)) or "none"
+        raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
+    settings.router["baseline"] = str(kept[0])
+
+
+def check_routers(settings: Settings, vocab_size: int | None) -> None:
+    """Every layer's router takes its options. vocab_size: None while the text has not said how large a dictionary is;
+    then what depends on it is to be checked again."""
+    if settings.router.get("_target_") is None or (vocab_size is None and settings.router.get("file")):
+        return
+    if vocab_size is not None and settings.num_experts > vocab_size:
+        raise ValueError(f"num_experts must be at most the dictionary's {vocab_size:,}; got {settings.num_experts}")
+    stand_in = torch.nn.Identity() if settings.router.get("baseline") else None
+    counts = torch.ones(vocab_size or max(settings.num_experts, 258), dtype=torch.int64)
     for layer in settings.model.sparse_layers:
         make_router(settings, layer, counts, baseline=stand_in)
 

@@ -28,7 +28,12 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
         "threads": torch.get_num_threads(),
         "precision": precision,
         "dispatch": model.path if model.routers else "none",
-        "data": {"fingerprint": prepared.fingerprint, "cache_key": prepared.folder.name, "splits": prepared.splits},
+        "data": {
+            "fingerprint": prepared.fingerprint,
+            "cache_key": prepared.folder.name,
+            "vocab_size": prepared.vocab_size,
+            "splits": prepared.splits,
+        },
         "parameters": model.parameter_counts(),
         "train_flops_per_token": model.train_flops_per_token(),
     }

@@ -37,8 +37,10 @@ class DataSettings:
     corpus: dict[str, Any]
     vocab_size: Count
     sequence_length: Count
+    packing: Annotated[str, one_of("stream", "documents")]
     mask_documents: bool
     cache: str
+    folder: str | None = None  # of the yamls whose corpus names its files by it
 
 
 @dataclass
@@ -89,13 +91,14 @@ class Settings:
     experts: dict[str, Any]
     router: dict[str, Any]
     data: DataSettings
+    tokenizer: dict[str, Any]
     train: TrainSettings
     record: RecordSettings
     wandb: WandbSettings
 
 
-# What cannot change a run's result; all else is in its id. Of the data, the fingerprint stands for corpus and cache.
-NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "record", "wandb")
+# What cannot change a run's result; all else is in its id. The data's fingerprint stands for corpus and tokenizer.
+NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "record", "wandb", "tokenizer")
 
 
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
@@ -103,6 +106,6 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
     if content["router"].get("baseline"):
         content["router"]["baseline"] = Path(content["router"]["baseline"]).name  # which run, wherever it lies
-    windows = {key: content["data"][key] for key in ("sequence_length", "mask_documents")}
+    windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
     content["data"] = windows | {"fingerprint": data_fingerprint}
     return corpora.digest_of(content)[:8]
