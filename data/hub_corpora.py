@@ -11,7 +11,7 @@ from data import comment_trees
 from data.corpora import Document, checked_shares, compiled, draw_split, join_lines
 from data.dialogue import Form, Turn, alternate
 from data.hub import Source
-from data.records import digest_of
+from data.records import digest_of, file_digest
 
 
 @dataclass
@@ -95,7 +95,9 @@ class HubDialogues:
         self.shares = _shares_to_draw(self.files, self.validation_share, self.test_share)
 
     def digest(self) -> str:
-        return digest_of([self.source.digest(), self.format, self.responses, self.max_turns, self.mark, self.shares])
+        code = [file_digest(Path(__file__).with_name(name)) for name in ("dialogue.py", "comment_trees.py")]
+        options = [self.format, self.responses, self.max_turns, self.mark, self.shares]
+        return digest_of([self.source.digest(), options, code])
 
     def documents(self, split: str) -> Iterator[Document]:
         part = split if self.files[split] else "train"
