@@ -279,7 +279,7 @@ def run(cache, moment, digests=True):
 moment, deaths = 1, 0
 while run(f"cache {{moment}}", moment):
     moment += int(sys.argv[2])
-while run("cache 0", 6, digests=False):
+while run("cache 0", 9, digests=False):
     deaths += 1
     assert deaths < 100, "it never gets further"
 print(moment, deaths)
