@@ -1,11 +1,18 @@
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import compose_config
+from omegaconf import DictConfig
 from safetensors.torch import load_file
+from test_config import run_py
 from test_training import equal_when_stopped, folder_of, lines_of
 
+from data.dictionary_files import find_dictionary
+from sweeps.job import Job
+from sweeps.job_queue import Queue
 from training import job
 from training.build import make_losses
 from training.checkpoint import CPU, load_run
@@ -70,8 +77,8 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_the_rest_does(name, update, t
 
 
 def test_early_stopping_keeps_evaluates_and_reports_the_best_weights(tiny, monkeypatch):
-    words = [*tiny, "router=switch", "train.patience=2", "record.evaluate_every=3", "train.steps=30"]
-    words += ["train.lr=0.3", "train.warmup_steps=0"]  # too large a rate: it gets worse soon
+    words = [*tiny, "router=switch", "train.patience=2", "record.evaluate_every=2", "train.steps=30"]
+    words += ["train.lr=2", "train.warmup_steps=100"]  # a rate that rises until it is too large
     seen = {}
     best = job.Session.validate
 
@@ -86,7 +93,7 @@ def test_early_stopping_keeps_evaluates_and_reports_the_best_weights(tiny, monke
     validations = {line["step"]: line["val/ce"] for line in lines_of(folder) if "val/ce" in line}
     result = result_of(folder)
     least = min(validations, key=validations.__getitem__)
-    assert result["best_step"] == least and result["step"] == least + 6 < 30  # two more validations, then the end
+    assert result["best_step"] == least and result["step"] == least + 4 < 30  # two more validations, then the end
     assert result["val/ce"] == pytest.approx(validations[least], rel=1e-6)
     assert [line["best_step"] for line in lines_of(folder) if "val/ce" in line][-1] == least
     assert all(torch.equal(value, seen[least][key]) for key, value in weights_of(folder).items())
@@ -161,3 +168,79 @@ def test_coefficients_may_be_others_than_in_the_run_it_starts_from(tiny, first):
     chosen, start = first("switch")
     words = [*tiny, *chosen, f"train.init_from={start}", "router.load_balance_coef=0.1", "router.capacity_factor=1.5"]
     assert run(compose_config(*words)) == FINISHED
+
+
+COLOURS = {"apple": "red", "lemon": "yellow", "leaf": "green", "sky": "blue", "snow": "white", "coal": "black"}
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory):
+    """A folder of small talk in which who has read enough of it knows every answer."""
+    folder = tmp_path_factory.mktemp("dialogues")
+    lines = []
+    for number in range(240):
+        thing, other = list(COLOURS)[number % 6], list(COLOURS)[number // 6 % 6]
+        turns = [["Ann", f"What colour is the {thing} number {number}?"], ["Bo", f"It is {COLOURS[thing]}."]]
+        turns += [["Ann", f"And the {other}?"], ["Bo", f"That one is {COLOURS[other]}."]]
+        lines.append(json.dumps({"turns": turns}))
+    (folder / "talk.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["hash_balanced", pytest.param("switch", marks=pytest.mark.long)])
+def test_fine_tuning_on_dialogues_lowers_the_perplexity_of_responses(name, dialogues, tiny, tmp_path):
+    assert run(compose_config(*tiny, f"router={name}")) == FINISHED
+    first = folder_of(*tiny, f"router={name}")
+    own = [word for word in tiny if not word.startswith(("data=", "data.corpus", "train.steps"))]
+    words = [*own, "experiment=finetune/tune", f"router={name}", f"data.folder={dialogues}", "train.lr=1e-2"]
+    words += ["data.sequence_length=32", "record.evaluate_every=20"]
+    assert run(compose_config(*words)) == FINISHED
+    folder = folder_of(*words)
+    assert folder.name.startswith(f"{name}_tuned-s0-")
+    validations, result = [line for line in lines_of(folder) if "val/ce" in line], result_of(folder)
+    assert validations[0]["step"] == 0 and result["best_step"] > 0
+    assert result["val/ce"] < validations[0]["val/ce"] - 1  # of the responses alone, in nats
+    loaded = load_run(folder)
+    assert (
+        0
+        < result["val/tokens"]
+        == loaded.prepared.splits["validation"]["counted"]
+        < loaded.prepared.splits["validation"]["tokens"]
+    )
+    assert (loaded.prepared.folder / "tokenizer.json").read_bytes() == find_dictionary(str(first)).read_bytes()
+    for key, value in weights_of(first).items():
+        assert not key.endswith(".table") or torch.equal(value, weights_of(folder)[key])
+    shutil.rmtree(first)
+    assert load_run(folder).settings.train.init_from is None  # a loaded run needs its start no more
+
+
+def test_a_sweep_makes_the_run_that_a_later_job_starts_from(tiny, tmp_path):
+    words = ["-m", "sweeps=finetune", *tiny, "router=hash_balanced,dense", "train.steps=2", "data.folder=unused"]
+    done = run_py(*words, "train.epochs=null", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = json.loads((tmp_path / "runs" / "sweeps" / "finetune.json").read_text())
+    assert [name.split("-")[0] for name in sweep["runs"]] == ["hash_balanced_tuned", "dense_tuned"]
+    assert [name.split("-")[0] for name in sweep["started_from"]] == ["dense", "hash_balanced"]
+    for name, first in zip(sweep["runs"], reversed(sweep["started_from"])):
+        config = yaml.safe_load((tmp_path / "runs" / name / "config.yaml").read_text())
+        assert config["train"]["init_from"] == str(tmp_path / "runs" / first)
+
+
+def test_a_job_whose_start_was_not_made_is_not_started(tmp_path):
+    jobs = [Job(tmp_path / "first", DictConfig({}), status=3)]
+    jobs.append(Job(tmp_path / "second", DictConfig({}), after=jobs[0]))
+    queue = Queue(jobs, [{}], print, (), 1.0)
+    queue.turn()
+    assert jobs[1].status == 1 and not queue.running and not queue.waiting
+    assert jobs[1].outcome() == "not started: it starts from first, which is not finished"
+
+
+def test_another_dictionary_than_that_of_the_start_is_refused(tiny, first, tmp_path):
+    chosen, start = first("dense")
+    other = open_run(read(compose_config(*tiny, "data.vocab_size=290"))).prepared.folder
+    with pytest.raises(ValueError, match=r"tokenizer\.file=.* must have the dictionary of .*; it has another one"):
+        open_run(read(compose_config(*tiny, *chosen, f"train.init_from={start}", f"tokenizer.file={other}")))
+    with pytest.raises(ValueError, match=r"tokenizer\._target_ must be that of train\.init_from="):
+        read(compose_config(*tiny, *chosen, f"train.init_from={start}", "tokenizer=bytes"))
+    same = open_run(read(compose_config(*tiny, *chosen, f"train.init_from={start}", "data.vocab_size=290")))
+    assert same.prepared.vocab_size == 300  # its dictionary, whatever vocab_size says

@@ -139,10 +139,12 @@ def _figures(session: Session) -> dict[str, Any]:
     rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_gpu, early = session.device.type == "cuda", settings.train.patience is not None
+    per_step = settings.train.batch_size * settings.data.sequence_length
     return {
         "step": progress.step,
         **({"best_step": progress.best_step} if early else {}),
-        "tokens": progress.step * settings.train.batch_size * settings.data.sequence_length,
+        "tokens": progress.step * per_step,
+        "token_budget": settings.train.steps * per_step,
         "train_seconds": progress.seconds,
         # the first rate holds start-up and compiling
         "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
