@@ -151,7 +151,7 @@ def test_the_dictionary_is_trained_on_the_mixture_and_weights_are_in_the_id(word
 
 
 WRONG = [
-    ("data.corpus.weights={c: 1}", "data.corpus.weights must name the corpora of data.corpus.parts"),
+    ("~data.corpus.weights.b", "data.corpus.weights must name the corpora of data.corpus.parts"),
     ("data.corpus.weights={a: 1, b: 0}", "data.corpus.weights must be above 0"),
     ("data.corpus.weights={a: 1, b: much}", "data.corpus.weights must be numbers"),
     ("data.corpus.weights={a: 1, b: 0.0000001}", "sum to at most 100,000"),

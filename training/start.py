@@ -85,7 +85,7 @@ def require_same_model(settings: Settings, first: dict[str, Any], name: str) -> 
 def differences(place: str, one: Any, other: Any) -> Iterable[tuple[str, Any, Any]]:
     """(place, value here, value there) of all leaves that differ."""
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() | other.keys():
+        for key in sorted(one.keys() | other.keys()):  # _target_ first
             yield from differences(f"{place}.{key}", one.get(key), other.get(key))
     elif one != other:
         yield place, one, other
