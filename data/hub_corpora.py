@@ -49,9 +49,8 @@ class HubText:
 
     def documents(self, split: str) -> Iterator[Document]:
         part = split if self.files[split] else "train"
-        for index, text in enumerate(self._texts(part)):
-            drawn = part != "train" or draw_split(f"{index} {text[:64]}", self.shares) == split
-            if drawn and text.strip():
+        for text in self._texts(part):
+            if text.strip() and (part != "train" or draw_split(text, self.shares) == split):
                 yield text
 
     def _texts(self, part: str) -> Iterator[str]:

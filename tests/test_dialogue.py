@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 
 from data.corpora import SPLITS, Segment
 from data.dialogue import Dialogues, Form, Turn
+from data.prepare import prepare
+from data.tokenizer import Bytes
+from training.job import FINISHED, run
 from training.targets import target
 
 HELLO = [Turn("Ann", "Hi  there."), Turn("Bo", "Hello!\nAnn?"), Turn("Ann", "Yes."), Turn("Cy", "Me too.")]
@@ -239,3 +242,31 @@ def test_each_set_is_read_by_a_yaml_that_takes_its_folder(name, tmp_path):
         assert len(splits["train"]) == 300 - len(splits["validation"]) and len(splits["test"]) == 100
     elif name == "scotus":
         assert len(splits["train"]) == 2 * 8 * 4 and len(splits["validation"]) == 8 * 4
+
+
+def test_what_is_prepared_counts_the_responses_byte_by_byte(tmp_path):
+    make_folders(tmp_path)
+    config = compose_config("data=dailydialog", f"data.folder={tmp_path}")
+    made, options = target(OmegaConf.to_container(config.data.corpus, resolve=True))
+    prepared = prepare(made(**options), Bytes(), tmp_path / "cache", lambda line: None)
+    for split, file in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        # A dialogue is "[1] F N 0 .\n[2] F N 1 .\n[1] F N 2 .\n[2] F N 3 ."; the second speaker's two turns count.
+        turn = len(f"{file} 0 0 .")
+        assert prepared.splits[split]["tokens"] == 8 * (4 * (4 + turn) + 4)  # marks, texts, line ends, END
+        assert int(prepared.counted[split].sum()) == 8 * (2 * (1 + turn) + 2)
+
+
+@pytest.mark.parametrize("name", ["dailydialog", "bst_files"])
+def test_a_run_trains_and_evaluates_on_the_responses_alone(name, tmp_path, tiny):
+    make_folders(tmp_path)
+    sizes = [word for word in tiny if not word.startswith("data")] + ["data.sequence_length=64", "train.steps=3"]
+    data = [f"data={name}", f"data.folder={tmp_path}", f"data.cache={tmp_path}", "tokenizer=bytes"]
+    config = compose_config("router=hash_random", *data, *sizes)
+    assert run(config) == FINISHED
+    [result] = (tmp_path / "runs").glob("*/result.json")
+    evaluated = json.loads(result.read_text())["test/tokens"]
+    made, options = target(OmegaConf.to_container(config.data.corpus, resolve=True))
+    said = list(made(**options).documents("test"))
+    assert evaluated == len(said) + sum(
+        len(part.text.encode()) for document in said for part in document if part.counted
+    )
