@@ -1,11 +1,11 @@
-# make quickstart | routers | test | check | format: each makes .venv and installs what it needs.
+# make quickstart | routers | finetune | test | check | format: each makes .venv and installs what it needs.
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart routers test lint check format
+.PHONY: quickstart routers finetune test lint check format
 
 quickstart: .venv/installed
 	@$(BIN)/python run.py -m sweeps=quickstart
@@ -15,6 +15,10 @@ routers: .venv/installed  # every method once; some need a trained run of dense 
 	@$(BIN)/python run.py -m router=dense,switch
 	@$(BIN)/python run.py -m sweeps=routers
 	@$(BIN)/python -m analysis.report routers
+
+finetune: .venv/installed  # DIALOGUES=PATH, a folder of dialogues; see sweeps/finetune.yaml
+	@$(BIN)/python run.py -m sweeps=finetune data.folder=$(DIALOGUES)
+	@$(BIN)/python -m analysis.report finetune
 
 test: .venv/installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 # What runs must share to be averaged or compared, and the outcome of those that do not.
-COMPARABLE = {"data_fingerprint": "other data", "tokens": "other token budget", "code": "other commit"}
+COMPARABLE = {"data_fingerprint": "other data", "token_budget": "other token budget", "code": "other commit"}
 
 
 class Study(NamedTuple):
@@ -79,6 +79,7 @@ def _outcome(folder: Path) -> dict:
         code = "+".join(part for part in (git["commit"][:10], git["dirty"]) if part)
         if result["outcome"] != "finished" or not np.isfinite([result["test/ce"], result["val/ce"]]).all():
             result |= {"outcome": "diverged", "why": f"at step {result['step']}"}
+        result.setdefault("token_budget", result["tokens"])  # without early stopping they are the same
         return result | {"code": code, "device": provenance["device"]}
     progress = f"at step {metrics['step'].iloc[-1]}" if len(metrics) else "before its first step"
     if (folder / "lock").exists():

@@ -96,10 +96,12 @@ def header(study: Study, style: dict) -> str:
     """Which comparison, on what text, how much of it, which seeds, on what device."""
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
-    steps, tokens = (study.counted[column].iloc[0] for column in ("step", "tokens"))
+    steps, tokens = (study.counted[column].iloc[0] for column in ("step", "token_budget"))
+    stopped = (study.counted["tokens"] < study.counted["token_budget"]).any()
+    amount = f"at most {human(tokens)} tokens" if stopped else f"{human(tokens)} tokens in {steps:,.0f} steps"
     seeds = ", ".join(str(seed) for seed in sorted(study.counted["seed"].unique()))
     devices = " and ".join(study.counted["device"].unique())
-    trained = f"trained on {human(tokens)} tokens in {steps:,.0f} steps, seeds {seeds}, on {devices}"
+    trained = f"trained on {amount}, seeds {seeds}, on {devices}"
     return f"{study.name} at scale {study.scale}: {text}\n{trained}"
 
 

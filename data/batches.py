@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,12 +160,19 @@ class TrainingBatches:
     def batch(self, step: int) -> Batch:
         """The batch of this step (from 0)."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        numbers = torch.stack([self.permutation(p // self.split.full)[p % self.split.full] for p in places])
+        numbers = torch.tensor([self.number(place) for place in places])
         return self.split.windows(numbers, mix(self.seed, step, torch.arange(self.batch_size)))
 
+    def number(self, place: int) -> int:
+        """The window of a place (from 0) in the order of training."""
+        return int(self.permutation(place // self.split.full)[place % self.split.full])
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """The whole split in order, in batches of batch_size windows; the last batch is filled with padding."""
+
+def evaluation_batches(split: Any, batch_size: int) -> Iterator[Batch]:
+    """The whole split in order, in batches of batch_size windows; the last batch is filled with padding.
+
+    split: a Split, or what is like it.
+    """
     for first in range(0, len(split), batch_size):
         numbers = torch.arange(first, first + batch_size)
         yield split.windows(numbers, mix(numbers))

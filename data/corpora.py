@@ -58,7 +58,7 @@ class StandardLibrary:
     )
 
     def __post_init__(self):
-        self.shares = _checked_shares(self.validation_share, self.test_share)
+        self.shares = checked_shares(self.validation_share, self.test_share)
         self.root = Path(sysconfig.get_path("stdlib"))
         self.files = sorted(path for path in self._walk("") if path.endswith(".py"))
         if not self.files:
@@ -69,7 +69,7 @@ class StandardLibrary:
 
     def documents(self, split: str) -> Iterator[str]:
         for name in self.files:
-            if _draw_split(name, self.shares) == split:
+            if draw_split(name, self.shares) == split:
                 yield (self.root / name).read_bytes().decode()
 
     def _walk(self, folder: str) -> Iterator[str]:
@@ -96,40 +96,25 @@ class TextFiles:
     text_field: str
 
     def __post_init__(self):
-        globs = zip(SPLITS, (self.files, self.validation_files, self.test_files), strict=True)
-        self.paths = {split: _find_files(patterns) for split, patterns in globs}
-        for path, count in Counter(path for paths in self.paths.values() for path in paths).items():
-            if count > 1:
-                raise ValueError(f"{path} is named in two splits")
-        validation, test = _checked_shares(self.validation_share, self.test_share)
-        self.shares = (0.0 if self.paths["validation"] else validation, 0.0 if self.paths["test"] else test)
-        try:
-            self.starts = re.compile(self.document_start) if self.document_start is not None else None
-        except re.error as error:
-            raise ValueError(f"document_start={self.document_start!r} is no regular expression: {error}") from error
+        self.paths = split_paths(self.files, self.validation_files, self.test_files)
+        self.shares = drawn_shares(self.paths, self.validation_share, self.test_share)
+        self.starts = compiled(document_start=self.document_start)
 
     def digest(self) -> str:
-        files = {split: [(path.suffixes[-2:], file_digest(path)) for path in self.paths[split]] for split in SPLITS}
-        return digest_of([self.shares, self.document_start, self.text_field, files])
+        return digest_of([self.shares, self.document_start, self.text_field, paths_digest(self.paths)])
 
     def documents(self, split: str) -> Iterator[str]:
         own_files = self.paths[split] if split != "train" else []
         texts = (text for path in own_files or self.paths["train"] for text in self._read(path))
         for index, text in enumerate(texts):
-            if own_files or _draw_split(f"{index} {text[:64]}", self.shares) == split:
+            if own_files or draw_split(f"{index} {text[:64]}", self.shares) == split:
                 yield text
 
     def _read(self, path: Path) -> Iterator[str]:
         if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-            yield from (self._text_in(line, path, number) for number, line in _read_lines(path) if not line.isspace())
+            yield from (self._text_in(line, path, number) for number, line in read_lines(path) if not line.isspace())
             return
-        document: list[str] = []
-        for _, line in _read_lines(path):
-            if document and self.starts and self.starts.search(line.rstrip("\r\n")):
-                yield "".join(document)
-                document = []
-            document.append(line)
-        yield "".join(document)
+        yield from join_lines((line for _, line in read_lines(path)), self.starts)
 
     def _text_in(self, line: str, path: Path, number: int) -> str:
         try:
@@ -141,7 +126,32 @@ class TextFiles:
             raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def compiled(**option: str | None) -> re.Pattern[str] | None:
+    """The regular expression that an option gives, if it gives one."""
+    [(name, pattern)] = option.items()
+    try:
+        return re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
+
+
+def join_lines(lines: Iterable[str], start: re.Pattern[str] | None) -> Iterator[str]:
+    """Documents of lines: one begins at each line that `start` matches."""
+    document: list[str] = []
+    for line in lines:
+        if document and start and start.search(line.rstrip("\r\n")):
+            yield "".join(document)
+            document = []
+        document.append(line)
+    yield "".join(document)
+
+
+def paths_digest(paths: dict[str, list[Path]]) -> dict:
+    """What files hold and how they are read, wherever they lie."""
+    return {split: [(path.suffixes[-2:], file_digest(path)) for path in paths[split]] for split in SPLITS}
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Streams (number from 1, line) of a UTF-8 file; line ends stay as they are, a byte order mark goes."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
@@ -153,7 +163,16 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}, line {number}: damaged, or not UTF-8: {error}") from error
 
 
-def _find_files(globs: str | Iterable[str] | None) -> list[Path]:
+def split_paths(*globs: str | Iterable[str] | None) -> dict[str, list[Path]]:
+    """The files of training, validation and test, none of them in two splits."""
+    paths = {split: find_files(patterns) for split, patterns in zip(SPLITS, globs, strict=True)}
+    for path, count in Counter(path for found in paths.values() for path in found).items():
+        if count > 1:
+            raise ValueError(f"{path} is named in two splits")
+    return paths
+
+
+def find_files(globs: str | Iterable[str] | None) -> list[Path]:
     found: set[str] = set()
     for pattern in [] if globs is None else globs if isinstance(globs, list | tuple) else [globs]:
         if not isinstance(pattern, str):
@@ -167,13 +186,19 @@ def _find_files(globs: str | Iterable[str] | None) -> list[Path]:
     return [Path(name) for name in sorted(parts, key=parts.__getitem__)]
 
 
-def _checked_shares(validation: float, test: float) -> tuple[float, float]:
+def checked_shares(validation: float, test: float) -> tuple[float, float]:
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         named = f"validation_share={validation} and test_share={test}"
         raise ValueError(f"{named} must be at least 0 and leave something to train on")
     return float(validation), float(test)
 
 
-def _draw_split(name: str, shares: tuple[float, float]) -> str:
+def drawn_shares(paths: dict[str, list[Path]], validation: float, test: float) -> tuple[float, float]:
+    """The shares to draw from training: none for a split that has files of its own."""
+    validation, test = checked_shares(validation, test)
+    return 0.0 if paths["validation"] else validation, 0.0 if paths["test"] else test
+
+
+def draw_split(name: str, shares: tuple[float, float]) -> str:
     uniform = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     return "validation" if uniform < shares[0] else "test" if uniform < sum(shares) else "train"

@@ -34,6 +34,15 @@ class Prepared(NamedTuple):
     # counts; unigram_entropy (nats a counted token)
     splits: dict[str, dict]
     counted: dict[str, np.ndarray] = {}  # split -> (tokens,) bool, which may enter the loss; of those where not all do
+    parts: tuple["Part", ...] = ()  # of a mixture, which has no tokens but those of its parts
+
+
+class Part(NamedTuple):
+    """A corpus of a mixture. share: of every period of windows that training sees, a whole number."""
+
+    name: str
+    share: int
+    prepared: Prepared
 
 
 def prepare(corpus: Corpus, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print) -> Prepared:

@@ -5,7 +5,7 @@ from itertools import combinations
 
 from tabulate import tabulate
 
-from data.batches import Split
+from data.mixed_batches import open_split
 from data.prepare import Prepared
 from routers.features import Token
 from routers.hash import Lookup
@@ -32,7 +32,7 @@ def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert
     """name: of the arm; lookups: sparse layer -> its router. Routes the whole training and validation text."""
     parts, router = parts_of(lookups), next(iter(lookups.values()))
     length = router.site.sequence_length
-    seen = {text: route(parts, Split(prepared, split, length)) for text, split in SPLITS.items()}
+    seen = {text: route(parts, open_split(prepared, split, length, "stream")) for text, split in SPLITS.items()}
     texts = [f"{int(counted.tokens.sum()):,} {text} tokens" for text, counted in seen.items()]
     site, layers = router.site, ", ".join(map(str, lookups))
     which = f"table={router.name}" + (f" of {router.file}" if router.name == "file" else "")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, Split, Tokens, evaluation_batches
+from data.mixed_batches import MixedSplit
 from routers.hash import Lookup
 from routers.routing import count
 
@@ -52,7 +53,7 @@ def parts_of(lookups: dict[int, Lookup]) -> dict[str, Part]:
 
 
 @torch.no_grad()
-def route(parts: dict[str, Part], split: Split) -> Seen:
+def route(parts: dict[str, Part], split: Split | MixedSplit) -> Seen:
     """Route the whole split. All parts look at one feature."""
     lookup = next(iter(parts.values())).lookup
     feature, experts = lookup.feature, lookup.site.num_experts

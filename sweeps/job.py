@@ -21,6 +21,7 @@ class Job:
     began: float = 0.0  # seconds, time.time(); 0 if nobody has started it
     seconds: float = 0.0  # that it took
     kill_at: float = 0.0  # time.time(); 0 while nobody has asked it to stop
+    after: "Job | None" = None  # the job that makes the run which this one starts from
 
     def result(self) -> dict[str, Any]:
         """What result.json says, which is written last; {} before."""
@@ -37,6 +38,8 @@ class Job:
 
     def outcome(self) -> str:
         """What became of it, in a line."""
+        if self.status and not self.began and self.after is not None:
+            return f"not started: it starts from {self.after.folder.name}, which is not finished"
         took, status, result = duration(self.seconds), self.status or 0, self.result()
         if status == 0:
             return f"finished in {took}" + (f": validation ce {result['val/ce']:.2f}, {rate(result)}" if result else "")

@@ -62,8 +62,14 @@ class Queue:
 
     def turn(self) -> None:
         """Starts what can start, waits a moment, and looks after what runs."""
-        while self.waiting and self.free and not self.signals:
-            self.start(self.waiting.pop(0))
+        for job in list(self.waiting):
+            if job.after is not None and job.after.status:  # what it starts from will not be made today
+                self.waiting.remove(job)
+                job.status = 1
+                self.say(job, job.outcome())
+            elif self.free and not self.signals and (job.after is None or job.after.status == 0):
+                self.waiting.remove(job)
+                self.start(job)
         connection.wait([process.sentinel for process in self.running.values()], timeout=0.25)
         for job, process in list(self.running.items()):
             if process.exitcode is not None:

@@ -38,7 +38,9 @@ def lines_of(folder):
 
 def final_state(folder):
     (last,) = (folder / "checkpoints").iterdir()
-    return load_file(last / "model.safetensors") | load_file(last / "optimizer.safetensors")
+    return {
+        f"{path.stem}/{key}": value for path in last.glob("*.safetensors") for key, value in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("name", one_of_a_kind(ARMS))
@@ -74,13 +76,23 @@ STOPPED_EVERYWHERE = ("dense", "hash_balanced", "switch", "base", "loss_free", "
 
 
 @pytest.mark.parametrize("name", one_of_a_kind(ARMS))
-def test_an_interrupted_run_equals_an_uninterrupted_one(name, tiny, arm, tmp_path, monkeypatch):
+def test_an_interrupted_run_equals_an_uninterrupted_one(name, tiny, arm, tmp_path):
     words = [*tiny, *arm(name), "record.keep_optimizer=true"]
     words += ["router.jitter=0.1", "router.capacity_factor=1.0"] if name == "switch" else []
+    equal_when_stopped(words, tmp_path, 1 if name in STOPPED_EVERYWHERE else 6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in ARMS if name not in STOPPED_EVERYWHERE])
+def test_a_run_stopped_after_each_step_equals_one_that_was_not(name, tiny, arm, tmp_path):
+    equal_when_stopped([*tiny, *arm(name), "record.keep_optimizer=true"], tmp_path, 1)
+
+
+def equal_when_stopped(words, tmp_path, every, steps=12):
+    """A run of these words, and one that is stopped after so many steps again and again, agree in all they keep."""
     assert run(compose_config(*words)) == FINISHED
     whole = folder_of(*words)
-    words.append(f"runs={tmp_path}/stopped")
-    every = 1 if name in STOPPED_EVERYWHERE else 6
+    words = [*words, f"runs={tmp_path}/stopped"]
 
     class StopAfterSomeSteps(list):
         def __init__(self):
@@ -91,15 +103,20 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(name, tiny, arm, tmp_pat
             self.asked += 1
             return self.asked >= 2 * every - 1  # the loop asks twice a step
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(job, "stop_requests", lambda: _entered(StopAfterSomeSteps()))
-        statuses = [run(compose_config(*words)) for _ in range(12 // every)]
-    assert statuses == [INTERRUPTED] * (12 // every - 1) + [FINISHED]
+        statuses = [run(compose_config(*words)) for _ in range(steps // every)]
+    assert statuses == [INTERRUPTED] * (steps // every - 1) + [FINISHED]
     stopped = folder_of(*words)
     assert lines_of(stopped) == lines_of(whole)
     states = final_state(whole), final_state(stopped)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, stopped)]
+    of_a_clock = ("seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes")
+    first, second = ({k: v for k, v in result.items() if k not in of_a_clock} for result in results)
+    assert first == second
+    return whole
 
 
 class _entered:
@@ -231,7 +248,7 @@ def test_a_diverged_run_is_finished_as_diverged(tiny, monkeypatch):
 def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch):
     words = ["router=dense", *tiny, "record.checkpoint_every=2"]
     with monkeypatch.context() as patched:
-        patched.setattr("training.job.evaluate", lambda *_: 1 / 0)
+        patched.setattr("training.session.evaluate", lambda *_: 1 / 0)
         assert run(compose_config(*words)) == FAILED
     folder = folder_of(*words)
     assert "ZeroDivisionError" in (folder / "error.txt").read_text()

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, Split, evaluation_batches
+from data.batches import Batch, evaluation_batches
+from data.mixed_batches import open_split
+from data.mixture import Mixture, prepare_mixture
 from data.prepare import Prepared, prepare
 from data.source import divided, positions
 from data.tokenizer import BEGIN, END, Dictionary
@@ -72,7 +74,7 @@ def router_maker(
     length = lengths.encoder if settings.model.sparse_in == "encoder" else lengths.decoder
 
     def training_text() -> Iterable[Batch]:
-        split = Split(prepared, "train", window, settings.data.packing)
+        split = open_split(prepared, "train", window, settings.data.packing)
         return (divided(batch, read) if encoders else batch for batch in evaluation_batches(split, 64))
 
     def router(layer: int) -> Router:
@@ -85,7 +87,7 @@ def router_maker(
 def source_length(settings: Settings, prepared: Prepared) -> int | None:
     """What an encoder reads, as data.source.divided takes it. Raises ValueError for a length of dialogues."""
     given = settings.data.source_length
-    if prepared.counted:  # not every token is a target: dialogues
+    if any(each.counted for each in (prepared, *(part.prepared for part in prepared.parts))):  # dialogues
         if given is not None:
             rule = "must be null for dialogues, of which the encoder reads each one's context"
             raise ValueError(f"data.source_length {rule}; got {given}")
@@ -160,9 +162,10 @@ def open_data(settings: Settings) -> Prepared:
 
 @functools.cache  # the jobs of a sweep mostly share their data
 def _open_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared:
-    corpus, options = target(json.loads(corpus_node))
-    dictionary = make_dictionary(json.loads(tokenizer_node))
-    return prepare(corpus(**options), dictionary, Path(cache).expanduser())
+    kind, options = target(json.loads(corpus_node))
+    dictionary, corpus = make_dictionary(json.loads(tokenizer_node)), kind(**options)
+    make = prepare_mixture if isinstance(corpus, Mixture) else prepare
+    return make(corpus, dictionary, Path(cache).expanduser())
 
 
 def make_dictionary(node: dict[str, Any]) -> Dictionary:

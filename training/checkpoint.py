@@ -1,8 +1,8 @@
 """Checkpoints: new directories, complete or absent, and found to be damaged when they are.
 
-A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, state.json and a manifest of digests
-written last. Nothing else follows training: tables are buffers, and noise and order are functions of (seed, step), so
-there is no generator to save.
+A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, with early stopping also
+best.safetensors, with state.json, and a manifest of digests written last. Nothing else follows training: tables are
+buffers, and noise and order are functions of (seed, step), so there is no generator to save.
 """
 
 import json
@@ -21,6 +21,7 @@ from data.corpora import file_digest
 from data.prepare import Prepared
 from models.transformer import Transformer
 from training.build import make_model, open_data
+from training.folder import WEIGHTS, sync, write_atomically
 from training.preflight import read
 from training.settings import Settings
 
@@ -28,30 +29,15 @@ MANIFEST = "manifest.json"
 CPU = torch.device("cpu")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save(checkpoints: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """Write checkpoints/<step>/ and verify it, then drop the older ones. files: name -> tensors; state: JSON.
 
+    An intact one of this step stays as it is: a run's steps have one outcome, and no moment is without a checkpoint.
     Raises OSError if it cannot be written (safetensors' and torch's own errors included) or reads back differently.
     """
     folder, partial = checkpoints / f"{step:08d}", checkpoints / f"{step:08d}.partial"
+    if is_intact(folder):
+        return folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -103,28 +89,51 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{name}/{what}": value for name, state in named for what, value in state.items()}
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load model and optimizer in place, and return the state. Raises ValueError if the tensors do not fit."""
+def fit(model: nn.Module, path: Path) -> None:
+    """Load these weights in place. Raises ValueError if they do not fit."""
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(path))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
+        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """What a run ended with, router buffers included, in place: with early stopping its best weights.
+
+    Raises ValueError if the run kept none, if they are damaged or if they do not fit.
+    """
+    last = latest(folder / "checkpoints")
+    if last is None:
+        raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
+    fit(model, next(last / name for name in WEIGHTS if (last / name).exists()))
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load model and optimizer in place; returns the state, and the best weights if they are kept apart. Raises
+    ValueError if the tensors do not fit."""
+    fit(model, folder / "model.safetensors")
     tensors = load_file(folder / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         parts = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
         # fused AdamW keeps its step counter on the parameter's device
         optimizer.state[parameter] = {what: value.to(parameter.device) for what, value in parts.items()}
-    return json.loads((folder / "state.json").read_text())
+    best = folder / "best.safetensors"
+    return json.loads((folder / "state.json").read_text()), load_file(best) if best.exists() else {}
 
 
 def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
-    """What stays of a finished run: everything, the weights, or nothing."""
+    """What stays of a finished run: everything, the weights (of the best validation, if they were kept), or nothing."""
     for folder in [] if keep_optimizer else checkpoints.glob("*"):
         if keep_weights:
             manifest = json.loads((folder / MANIFEST).read_text())
-            manifest.pop("optimizer.safetensors", None)
-            write_atomically(folder / MANIFEST, json.dumps(manifest))
-            (folder / "optimizer.safetensors").unlink(missing_ok=True)
+            last = {"model.safetensors"} if "best.safetensors" in manifest else set()
+            goes = {"optimizer.safetensors"} | last
+            kept = {name: digest for name, digest in manifest.items() if name not in goes}
+            write_atomically(folder / MANIFEST, json.dumps(kept))
+            for name in goes:
+                (folder / name).unlink(missing_ok=True)
         else:
             shutil.rmtree(folder)
 
@@ -167,14 +176,13 @@ def load_run(folder: str | Path, device: torch.device = CPU) -> LoadedRun:
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
-    settings = read(DictConfig(yaml.safe_load((folder / "config.yaml").read_text())))
-    last = latest(folder / "checkpoints")
-    if last is None:
-        raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["init_from"] = None  # where it started need not be there any more
+    settings = read(DictConfig(config))
     prepared = open_data(settings)
     require_same_data(folder, prepared)
     model = make_model(settings, prepared, device, load_baseline(settings, device)).to(device)
-    model.load_state_dict(load_file(last / "model.safetensors"))
+    load_weights(folder, model)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = folder / "result.json"
     return LoadedRun(model.eval(), settings, prepared, lines, json.loads(result.read_text()) if result.exists() else {})

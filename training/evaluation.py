@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data.batches import Batch, Split, evaluation_batches
+from data.mixed_batches import MixedSplit
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, at_least_float32, count
 
@@ -51,7 +52,12 @@ def evaluating(model: Transformer, as_in_training: bool) -> Iterator[None]:
 
 
 def evaluate(
-    model: Transformer, losses: Compute, split: Split, batch_size: int, counts: Tensor, as_in_training: bool = False
+    model: Transformer,
+    losses: Compute,
+    split: Split | MixedSplit,
+    batch_size: int,
+    counts: Tensor,
+    as_in_training: bool = False,
 ) -> dict[str, Tensor]:
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 

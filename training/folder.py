@@ -1,6 +1,7 @@
-"""A run's folder: claimed by one process at a time, found to be writable before any work."""
+"""A run's folder: claimed by one process at a time, found to be writable before any work, written whole or not."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,10 +11,35 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+WEIGHTS = ("best.safetensors", "model.safetensors")  # of a checkpoint; with early stopping the best ones count
+
 
 def is_finished(folder: Path) -> bool:
     """result.json is there, which is written last."""
     return (folder / "result.json").exists()
+
+
+def has_weights(folder: Path) -> bool:
+    """A checkpoint is there; whether it is intact is found when it is read."""
+    return any(weights.name in WEIGHTS for weights in folder.glob("checkpoints/*/*.safetensors"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing, also after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -6,52 +6,51 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from omegaconf import DictConfig
-from safetensors.torch import save_file
-from torch import Tensor
 
-from data.batches import Split, TrainingBatches
-from data.prepare import Prepared
-from models.transformer import Transformer
+from data.corpora import SPLITS
+from data.dictionary_files import find_dictionary
+from data.mixed_batches import MixedSplit, open_split, training_batches
 from training import checkpoint
-from training.build import choose_device, make_losses, make_model, open_data, precision, source_length
-from training.evaluation import evaluate, mean_ce, text_figures
-from training.folder import held, is_finished, require_space
-from training.loop import Diverged, Interrupted, Progress, Trainer, stop_requests
-from training.optimizer import make_optimizer
+from training.build import open_data, source_length
+from training.folder import held, is_finished, write_atomically
+from training.loop import Diverged, Interrupted, Trainer, stop_requests
 from training.preflight import check_routers, read
-from training.provenance import provenance
 from training.recorder import Recorder
+from training.session import Run, Session, open_session
 from training.settings import Settings, digest_of
+from training.start import require_same_dictionary, take_dictionary
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
 
-class Run(NamedTuple):
-    """A run as settings and data, with the folder that belongs to it."""
+def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # noqa: B006
+    """Prepare the data if need be and name the folder. planned: of the sweep's earlier jobs, see start.take_dictionary.
 
-    settings: Settings
-    prepared: Prepared
-    splits: dict[str, Split]
-    folder: Path
-
-
-def open_run(settings: Settings) -> Run:
-    """Prepare the data if need be and name the folder. Raises ValueError for unusable data."""
+    Raises ValueError for unusable data, and for another dictionary than that of the run it starts from.
+    """
+    tuned, baseline = settings.train.init_from is not None, settings.router.get("baseline")
+    if tuned:
+        take_dictionary(settings, planned)
     prepared = open_data(settings)
-    if settings.router.get("baseline"):
-        checkpoint.require_same_data(Path(settings.router["baseline"]), prepared)
+    if baseline and tuned:  # what it was drawn from is the first run's
+        require_same_dictionary(find_dictionary(baseline), prepared.folder, f"router.baseline={baseline}")
+    elif baseline:
+        checkpoint.require_same_data(Path(baseline), prepared)
     source_length(settings, prepared)  # which dialogues do not take
     check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
-    splits = {name: Split(prepared, name, length, packing) for name in prepared.tokens}
+    splits = {name: open_split(prepared, name, length, packing) for name in SPLITS}
+    if settings.train.epochs is not None:
+        windows = settings.train.epochs * splits["train"].full
+        settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
     name = f"{settings.arm}-s{settings.seed}-{digest_of(settings, prepared.fingerprint)}"
     return Run(settings, prepared, splits, Path(settings.runs).expanduser().absolute() / name)
 
@@ -80,96 +79,88 @@ def run(config: DictConfig) -> int:
 
 
 def _train(opened: Run) -> int:
-    settings, prepared, folder = opened.settings, opened.prepared, opened.folder
-    train, began, device = settings.train, time.perf_counter(), choose_device(settings)
-    model = make_model(settings, prepared, device, checkpoint.load_baseline(settings, device)).to(device)
-    optimizer, losses = make_optimizer(model, train), make_losses(settings, model, device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    require_space(folder, 7 * weights)  # for two checkpoints, each three times as large
-    checkpoints = folder / "checkpoints"
-    last = checkpoint.latest(checkpoints)
-    progress = Progress(**checkpoint.restore(last, model, optimizer)) if last else Progress()
-    origin = provenance(prepared, model, device, precision(settings, device))
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
-    checkpoint.write_atomically(folder / "provenance.json", json.dumps(origin, indent=1))
-
-    def measure(split: str, as_in_training: bool = False) -> dict[str, Tensor]:
-        micro = train.micro_batch or train.batch_size
-        sums = evaluate(model, losses, opened.splits[split], micro, prepared.token_counts, as_in_training)
-        if not math.isfinite(mean_ce(sums)):
-            raise Diverged(progress.step)
-        return sums
-
-    def save() -> None:
-        files = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer)}
-        checkpoint.save(checkpoints, progress.step, files, asdict(progress))
-
-    with stop_requests() as stop, Recorder(settings, folder, progress) as recorder:
-
-        def validate() -> None:
-            recorder.log({"val/ce": mean_ce(measure("validation"))})
-
-        counts, per_step = origin["parameters"], train.batch_size * settings.data.sequence_length
-        split = opened.splits["train"]
-        epochs = train.steps * train.batch_size / split.full  # of windows, each once an epoch
-        filled = split.tokens_per_epoch / (split.full * split.length)
-        dictionary = f"; dictionary of {prepared.vocab_size:,} entries"
-        padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
-        recorder.say(f"{settings.arm}, seed {settings.seed}: {folder}")
-        recorder.say(
-            f"  {counts['active']:,} active of {counts['total']:,} parameters on {device}, dispatch "
-            f"{origin['dispatch']}; {train.steps * per_step:,} tokens{padding}, {epochs:.2f} epochs{dictionary}"
-            + (f"; going on after step {progress.step}" if progress.step else "")
-        )
-        batches = TrainingBatches(opened.splits["train"], train.batch_size, settings.seed)
-        try:
-            Trainer(settings, model, losses, optimizer, batches, progress, recorder.log, validate, save, stop).train()
-            result = {"outcome": "finished"} | _held_out(opened, model, measure)
-        except (Diverged, FloatingPointError) as diverged:
-            recorder.say(f"diverged: {diverged}")
-            result, progress.step = {"outcome": "diverged"}, getattr(diverged, "step", progress.step + 1)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        result |= {
-            "step": progress.step,
-            "tokens": progress.step * per_step,
-            "seconds": time.perf_counter() - began,
-            "train_seconds": progress.seconds,
-            # the first rate holds start-up and compiling
-            "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident,
-            "parameters/active": counts["active"],
-            "parameters/total": counts["total"],
-            "train_flops_per_token": origin["train_flops_per_token"],
-            "data_fingerprint": prepared.fingerprint,
-            "vocab_size": prepared.vocab_size,
-            "leaks": sorted({leak for router in model.routers.values() for leak in router.leaks}),
-        }
+    began, settings, folder = time.perf_counter(), opened.settings, opened.folder
+    session = open_session(opened)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+    write_atomically(folder / "provenance.json", json.dumps(session.origin, indent=1))
+    with stop_requests() as stop, Recorder(settings, folder, session.progress) as recorder:
+        recorder.say(_announcement(session))
+        outcome = _outcome(session, recorder, stop)
+        result = outcome | _figures(session) | {"seconds": time.perf_counter() - began}
         recorder.mirror(lambda run: run.summary.update(result))
-        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1))
-        checkpoint.prune(checkpoints, settings.record.keep_weights, settings.record.keep_optimizer)
+        write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        checkpoint.prune(folder / "checkpoints", settings.record.keep_weights, settings.record.keep_optimizer)
         if result["outcome"] == "diverged":
             return DIVERGED
-        recorder.say(
-            f"finished: perplexity {result['val/perplexity']:.2f} on validation ({result['val/ce']:.4f} nats), "
-            f"{result['test/perplexity']:.2f} on test ({result['test/ce']:.4f} nats); {folder}"
-        )
+        recorder.say(_conclusion(result, folder))
         return FINISHED
 
 
-def _held_out(opened: Run, model: Transformer, measure: Callable[..., dict[str, Tensor]]) -> dict[str, Any]:
-    """The result's figures of validation and test; what they are made of goes into evaluation.safetensors."""
-    result, tensors = {}, {}
-    for name, split in (("val", "validation"), ("test", "test")):
-        sums = measure(split)
-        ce = mean_ce(sums)
-        result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
-        text = opened.prepared.splits[split]
-        result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
-        result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
-        if any(router.trains_differently for router in model.routers.values()):
-            result[f"{name}/ce_as_in_training"] = mean_ce(measure(split, as_in_training=True))
-        tensors |= {f"{split}/{key}": value for key, value in sums.items()}
-    save_file(tensors, opened.folder / "evaluation.safetensors")
-    return result
+def _outcome(session: Session, recorder: Recorder, stop: list[int]) -> dict[str, Any]:
+    """Trains to the end: the held-out figures, or that the run diverged. Raises Interrupted as the loop does."""
+    settings, model, progress = session.run.settings, session.model, session.progress
+
+    def validate() -> None:
+        recorder.log(session.validate())
+
+    batches = training_batches(session.run.splits["train"], settings.train.batch_size, settings.seed)
+    loop = settings, model, session.losses, session.optimizer, batches, progress
+    try:
+        Trainer(*loop, recorder.log, validate, session.save, stop).train()
+        return {"outcome": "finished"} | session.held_out()
+    except (Diverged, FloatingPointError) as diverged:
+        recorder.say(f"diverged: {diverged}")
+        progress.step = getattr(diverged, "step", progress.step + 1)
+        return {"outcome": "diverged"}
+
+
+def _announcement(session: Session) -> str:
+    """What trains, where and on how much."""
+    settings, counts, progress = session.run.settings, session.origin["parameters"], session.progress
+    windows, split = settings.train.steps * settings.train.batch_size, session.run.splits["train"]
+    filled = split.tokens_per_epoch / (split.full * split.length)
+    padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
+    trained = "" if counts["trained"] == counts["total"] else f", {counts['trained']:,} trained"
+    start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
+    each = split.epochs(windows).items() if isinstance(split, MixedSplit) else ()
+    parts = f" ({', '.join(f'{name} {epochs:.2f}' for name, epochs in each)})" if each else ""
+    return (
+        f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
+        f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
+        f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
+        f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries"
+        + (f"; going on after step {progress.step}" if progress.step else "")
+    )
+
+
+def _figures(session: Session) -> dict[str, Any]:
+    """The result's figures besides the held-out ones."""
+    settings, progress, counts = session.run.settings, session.progress, session.origin["parameters"]
+    lines = [json.loads(line) for line in (session.run.folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_gpu, early = session.device.type == "cuda", settings.train.patience is not None
+    per_step = settings.train.batch_size * settings.data.sequence_length
+    return {
+        "step": progress.step,
+        **({"best_step": progress.best_step} if early else {}),
+        "tokens": progress.step * per_step,
+        "token_budget": settings.train.steps * per_step,
+        "train_seconds": progress.seconds,
+        # the first rate holds start-up and compiling
+        "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,
+        **{f"parameters/{name}": counts[name] for name in ("active", "total", "trained")},
+        "train_flops_per_token": session.origin["train_flops_per_token"],
+        "data_fingerprint": session.run.prepared.fingerprint,
+        "vocab_size": session.run.prepared.vocab_size,
+        "leaks": sorted({leak for router in session.model.routers.values() for leak in router.leaks}),
+    }
+
+
+def _conclusion(result: dict[str, Any], folder: Path) -> str:
+    best = f" of step {result['best_step']}, the best" if "best_step" in result else ""
+    return (
+        f"finished{best}: perplexity {result['val/perplexity']:.2f} on validation ({result['val/ce']:.4f} nats), "
+        f"{result['test/perplexity']:.2f} on test ({result['test/ce']:.4f} nats); {folder}"
+    )

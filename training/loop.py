@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, TrainingBatches
+from data.mixed_batches import MixedBatches
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, joined, load_metrics, load_of
 from training.evaluation import Compute
@@ -40,17 +41,20 @@ class Progress:
     step: int = 0  # finished steps
     seconds: float = 0.0  # training alone, without evaluation and checkpoints
     clipped: int = 0  # steps whose gradient was clipped
+    best_step: int | None = None  # of the best validation; this and the next two are of early stopping
+    best_ce: float | None = None  # its cross-entropy in nats per token
+    waited: int = 0  # validations since then
 
 
 @dataclass
 class Trainer:
-    """One run in memory. log, evaluate and checkpoint are called when they are due."""
+    """The loop of one run. log, evaluate and checkpoint are called when they are due."""
 
     settings: Settings
     model: Transformer
     losses: Compute
     optimizer: torch.optim.AdamW
-    batches: TrainingBatches
+    batches: TrainingBatches | MixedBatches
     progress: Progress
     log: Callable[[dict[str, Any]], None]
     evaluate: Callable[[], None]
@@ -58,7 +62,10 @@ class Trainer:
     stop: Sequence[int]  # filled by stop_requests
 
     def train(self) -> None:
-        """Train to the last step. Raises Diverged, and Interrupted (after a checkpoint) once stop is filled."""
+        """Train to the last step, or until validations no longer improve.
+
+        Raises Diverged, and Interrupted (after a checkpoint) once stop is filled.
+        """
         options, record, progress = self.settings.train, self.settings.record, self.progress
         periods = record.log_every, record.evaluate_every, record.checkpoint_every
         clipped = torch.tensor(progress.clipped, device=self.device)
@@ -68,7 +75,7 @@ class Trainer:
             if progress.step == 0:
                 self.evaluate()
             upcoming = ahead.submit(self.micro_batches, progress.step)
-            while progress.step < options.steps:
+            while not self.ended():
                 micros = upcoming.result()
                 upcoming = ahead.submit(self.micro_batches, progress.step + 1)
                 ce, routings, real = self.forward_backward(micros)
@@ -76,8 +83,7 @@ class Trainer:
                 norm, finite = step(self.optimizer, lr, ce, options.grad_clip)
                 clipped += norm > (options.grad_clip or float("inf"))
                 progress.step += 1
-                for layer, router in self.model.routers.items():
-                    router.after_step(load_of(routings[layer], self.model.num_experts), progress.step / options.steps)
+                self.after_step(routings)
                 if not finite_before:  # of the step before, which the device has long finished
                     raise Diverged(progress.step - 1)
                 finite_before = finite
@@ -98,11 +104,27 @@ class Trainer:
                     self.log(line | self.route_metrics(routings, real))
                 if evaluate:
                     self.evaluate()
-                if checkpoint or self.stop:
+                if checkpoint or self.stop or self.ended():
                     self.checkpoint()
-                if self.stop and not last:
+                if self.stop and not self.ended():
                     raise Interrupted
                 clock, clock_step = time.perf_counter(), progress.step
+
+    def ended(self) -> bool:
+        """All steps are done, or train.patience is at its end."""
+        train, progress = self.settings.train, self.progress
+        return progress.step >= train.steps or (train.patience is not None and progress.waited >= train.patience)
+
+    def after_step(self, routings: dict[int, Routing]) -> None:
+        """Tells the routers their loads, unless they are frozen."""
+        if self.settings.train.update == "all_but_sparse":
+            return
+        for layer, router in self.model.routers.items():
+            load, share = (
+                load_of(routings[layer], self.model.num_experts),
+                self.progress.step / self.settings.train.steps,
+            )
+            router.after_step(load, share)
 
     def micro_batches(self, step: int) -> list[Micro]:
         """The step's batch in micro-batches with their plans, made ahead in a thread of its own."""
@@ -116,7 +138,9 @@ class Trainer:
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:
         """Gradients of the step's mean loss. Returns its cross-entropy () and routings over the whole batch, and which
         tokens are real (B, S)."""
-        count = torch.stack([batch.counted.sum() for batch, _ in micros]).sum()
+        count = (
+            torch.stack([batch.counted.sum() for batch, _ in micros]).sum().clamp(min=1)
+        )  # a step may be all context
         ce, routings = torch.zeros((), device=self.device), []
         for batch, plans in micros:
             each, routed, aux_loss = self.losses(batch, plans)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.transformer import Transformer
 from training.settings import TrainSettings
@@ -12,13 +12,30 @@ NOT_DECAYED = ("embedding", "positions", "gain", "b_in", "b_out", "b_gate")
 
 
 def make_optimizer(model: Transformer, train: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices decay; embeddings, norms, biases and whatever belongs to a router do not."""
+    """Fused AdamW of what train.update names. Matrices decay; embeddings, norms, biases and what belongs to a router
+    do not."""
     decayed, free = [], []
-    for name, p in model.named_parameters():
+    for name, p in trained(model, train.update).items():
         kept = p.dim() == 1 or ".router." in name or name.rpartition(".")[2] in NOT_DECAYED
         (free if kept else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+
+
+def trained(model: Transformer, update: str) -> dict[str, nn.Parameter]:
+    """The parameters that train.update names: all, sparse or all_but_sparse. Sparse are the FFNs of model.sparse_layers
+    with their routers; in a dense model the plain ones there."""
+    sparse = {p for ffn in model.at_sparse_layers.values() for p in ffn.parameters()}
+    named = model.named_parameters()
+    return {name: p for name, p in named if update == "all" or (p in sparse) == (update == "sparse")}
+
+
+def freeze(model: Transformer, update: str) -> None:
+    """No gradient for what train.update leaves out."""
+    wanted = trained(model, update)
+    for name, p in model.named_parameters():
+        if name not in wanted:
+            p.requires_grad_(False)
 
 
 def learning_rate(step: int, train: TrainSettings) -> float:

@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong before any work is done."""
 
-import glob
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -10,13 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.build import make_dictionary, make_router
-from training.folder import is_finished
 from training.settings import Settings
+from training.start import check_start, find_run
 from training.targets import PACKAGES, check_targets, one_line, target
 
 
-def read(config: DictConfig) -> Settings:
-    """Typed and checked settings of one run. Raises ValueError with one line that names the key and the rule."""
+def read(config: DictConfig, planned: Iterable[Settings] = ()) -> Settings:
+    """Typed and checked settings of one run. planned: of the sweep's earlier jobs, one of which may be the run that
+    train.init_from names. Raises ValueError with one line that names the key and the rule."""
     try:
         plain = OmegaConf.to_container(config, resolve=True)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
@@ -43,6 +44,7 @@ def read(config: DictConfig) -> Settings:
     if settings.router.get("baseline") is not None:
         _find_baseline(settings)
     check_routers(settings, vocab_size)
+    check_start(settings, planned)
     return settings
 
 
@@ -66,15 +68,11 @@ def _check_encoder(settings: Settings) -> None:
 def _find_baseline(settings: Settings) -> None:
     """router.baseline, a folder or a glob, becomes the run that it names."""
     pattern = settings.router["baseline"]
-    found = [Path(folder) for folder in glob.glob(str(Path(pattern).expanduser().absolute()))]
-    kept = [run for run in found if is_finished(run) and any(run.glob("checkpoints/*/model.safetensors"))]
-    if len(kept) != 1:
-        made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
-        rule = f"must name one finished run that kept its weights; python run.py router={made_by} makes one,"
-        rule += " with record.keep_weights=true and the same seed, data and scale"
-        names = ", ".join(sorted(run.name for run in kept)) or "none"
-        raise ValueError(f"router.baseline={pattern} {rule}; found {names}")
-    settings.router["baseline"] = str(kept[0])
+    made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+    remedy = (
+        f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
+    )
+    settings.router["baseline"] = str(find_run("router.baseline", pattern, remedy))
 
 
 def check_routers(settings: Settings, vocab_size: int | None) -> None:

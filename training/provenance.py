@@ -33,6 +33,14 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
             "cache_key": prepared.folder.name,
             "vocab_size": prepared.vocab_size,
             "splits": prepared.splits,
+            "parts": {
+                part.name: {
+                    "share": part.share,
+                    "fingerprint": part.prepared.fingerprint,
+                    "splits": part.prepared.splits,
+                }
+                for part in prepared.parts
+            },
         },
         "parameters": model.parameter_counts(),
         "train_flops_per_token": model.train_flops_per_token(),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from training.folder import write_atomically
 from training.loop import Progress
 from training.settings import Settings
 
@@ -86,5 +87,5 @@ def _cut_metrics(path: Path, step: int) -> IO[str]:
         with suppress(ValueError, KeyError):  # a line cut by a kill
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_atomically(path, "".join(kept))
     return open(path, "a")

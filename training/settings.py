@@ -45,6 +45,7 @@ class DataSettings:
     mask_documents: bool
     cache: str
     source_length: Annotated[int | None, within(1)]
+    folder: str | None = None  # of the yamls whose corpus names its files by it
 
 
 @dataclass
@@ -63,6 +64,10 @@ class TrainSettings:
     grad_clip: Annotated[float, within(0)]
     precision: Annotated[str, one_of("auto", "bf16", "float32")]
     compile: bool
+    init_from: str | None
+    update: Annotated[str, one_of("all", "sparse", "all_but_sparse")]
+    epochs: Annotated[float | None, within(1e-6)]
+    patience: Annotated[int | None, within(1)]
 
 
 @dataclass
@@ -111,8 +116,12 @@ ADDED = {"encoder_layers": 0, "sparse_in": "decoder", "biases": False, "num_posi
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
     """The run's id: eight hexadecimal digits of all that can change the result."""
     content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
-    if content["router"].get("baseline"):
-        content["router"]["baseline"] = Path(content["router"]["baseline"]).name  # which run, wherever it lies
+    for group, key in (("router", "baseline"), ("train", "init_from")):
+        if content[group].get(key):
+            content[group][key] = Path(content[group][key]).name  # which run, wherever it lies
+    content["train"].pop("epochs")  # steps follow from it
+    if settings.train.patience is not None:  # validations decide when to stop
+        content["train"]["evaluate_every"] = settings.record.evaluate_every
     windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
     if content["model"]["encoder_layers"]:
         windows["source_length"] = content["data"]["source_length"]

@@ -43,11 +43,17 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
     assert isinstance(options, dict)
-    for key, value in options.items():
-        if isinstance(value, dict) and "_target_" in value:
-            inner, inner_options = target(value, skip)
-            options[key] = functools.partial(inner, **inner_options)
-    return found, {str(key): value for key, value in options.items()}
+    return found, {str(key): _with_classes(value, skip) for key, value in options.items()}
+
+
+def _with_classes(value: Any, skip: int) -> Any:
+    """Nodes with a _target_ as functions, however deep in dictionaries."""
+    if not isinstance(value, dict):
+        return value
+    if "_target_" in value:
+        inner, options = target(value, skip)
+        return functools.partial(inner, **options)
+    return {key: _with_classes(each, skip) for key, each in value.items()}
 
 
 def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:

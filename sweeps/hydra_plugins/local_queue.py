@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 
 from sweeps.job import Job
 from sweeps.job_queue import Queue
-from training.checkpoint import write_atomically
+from training.folder import write_atomically
 from training.job import DIVERGED, FINISHED, open_run, run
 from training.preflight import read
 from training.settings import Settings
@@ -37,27 +38,34 @@ class LocalQueue(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        checked = [self.check(overrides) for overrides in job_overrides]
-        jobs = {}  # by folder: two overrides may compose to one run, which is then one job
+        checked: list[Settings] = []
+        for overrides in job_overrides:
+            checked.append(self.check(overrides, checked))
+        jobs: dict[Path, Job] = {}  # by folder: two overrides may compose to one run, which is then one job
+        planned: dict[Path, Path] = {}
         for settings in checked:
-            job = Job(open_run(settings).folder, DictConfig(asdict(settings)))
+            opened = open_run(settings, planned)
+            planned[opened.folder] = opened.prepared.folder
+            start = Path(opened.settings.train.init_from or "")
+            job = Job(opened.folder, DictConfig(asdict(opened.settings)), after=jobs.get(start))
             if result := job.result():  # a diverged run is not tried again, and never counts as finished
                 job.status = FINISHED if result["outcome"] == "finished" else DIVERGED
-            jobs[job.folder] = job
+            jobs.setdefault(job.folder, job)
         record(checked[0], list(jobs.values()))
         queue = Queue(list(jobs.values()), self.slots(checked[0].device), run, PRELOAD, self.grace_seconds)
         if status := queue.run():
             raise SystemExit(status)
         return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=0) for overrides in job_overrides]
 
-    def check(self, overrides: Sequence[str]) -> Settings:
-        """The settings that the overrides compose to. Raises ValueError that names the job and the rule."""
+    def check(self, overrides: Sequence[str], earlier: Sequence[Settings]) -> Settings:
+        """The settings that the overrides compose to; earlier: those of the jobs before it, one of which may make the
+        run that it starts from. Raises ValueError that names the job and the rule."""
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         HydraConfig.instance().set_config(composed)  # for ${hydra:...}
         with open_dict(composed):
             del composed["hydra"]
         try:
-            return read(composed)
+            return read(composed, earlier)
         except ValueError as error:
             raise ValueError(f"{' '.join(filter_overrides(overrides))}: {error}") from error
 
@@ -75,9 +83,11 @@ class LocalSweeper(BasicSweeper):
 
 
 def record(settings: Settings, jobs: list[Job]) -> None:
-    """Writes <runs>/sweeps/<name>.json: which runs the sweep consists of."""
-    name, runs = settings.sweep or "sweep", [job.folder.name for job in jobs]
-    content = {"sweep": name, "scale": settings.scale, "command": ["python", *sys.argv], "runs": runs}
-    path = jobs[0].folder.parent / "sweeps" / f"{name}.json"
+    """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, and which were made for these to start from."""
+    first = {job.after.folder.name for job in jobs if job.after is not None}
+    runs = [job.folder.name for job in jobs if job.folder.name not in first]
+    content = {"sweep": settings.sweep or "sweep", "scale": settings.scale, "command": ["python", *sys.argv]}
+    content |= {"runs": runs, "started_from": sorted(first)}
+    path = jobs[0].folder.parent / "sweeps" / f"{content['sweep']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1))

@@ -1,0 +1,133 @@
+"""A run in memory: what trains, how far it is, how it is measured and how it is saved."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.batches import Split
+from data.mixed_batches import MixedSplit
+from data.prepare import Prepared
+from models.transformer import Transformer
+from training import checkpoint
+from training.build import choose_device, make_losses, make_model, precision
+from training.evaluation import Compute, evaluate, mean_ce, text_figures
+from training.folder import require_space
+from training.loop import Diverged, Progress
+from training.optimizer import freeze, make_optimizer, trained
+from training.provenance import provenance
+from training.settings import Settings
+
+SPLITS = {"val": "validation", "test": "test"}  # name of the figures -> split
+
+
+class Run(NamedTuple):
+    """A run as settings and data, with the folder that belongs to it."""
+
+    settings: Settings
+    prepared: Prepared
+    splits: dict[str, Split | MixedSplit]
+    folder: Path
+
+
+@dataclass
+class Session:
+    """best: with early stopping, the weights of the best validation, on the CPU."""
+
+    run: Run
+    device: torch.device
+    model: Transformer
+    optimizer: torch.optim.AdamW
+    losses: Compute
+    progress: Progress
+    origin: dict[str, Any]  # what provenance.json holds
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def measure(self, split: str, as_in_training: bool = False) -> dict[str, Tensor]:
+        """evaluation.evaluate's sums over a split. Raises Diverged if they are not finite."""
+        train, counts = self.run.settings.train, self.run.prepared.token_counts
+        batch = train.micro_batch or train.batch_size
+        sums = evaluate(self.model, self.losses, self.run.splits[split], batch, counts, as_in_training)
+        if not math.isfinite(mean_ce(sums)):
+            raise Diverged(self.progress.step)
+        return sums
+
+    def by_corpus(self, split: str, sums: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """The figures of each corpus of a mixture, from the sums over all of them."""
+        windows, figures = self.run.splits[split], {}
+        for part in self.run.prepared.parts:
+            assert isinstance(windows, MixedSplit)
+            own = windows.documents[part.name]
+            ce_sum, tokens = (float(sums[f"document_{key}"][own].sum()) for key in ("ce_sum", "tokens"))
+            ce, text = ce_sum / tokens, part.prepared.splits[split]
+            figures[part.name] = {"ce": ce, "perplexity": math.exp(ce), "tokens": int(tokens)} | text_figures(ce, text)
+        return figures
+
+    def validate(self) -> dict[str, Any]:
+        """The figures of a validation. With early stopping it is compared with the best so far, whose weights stay."""
+        sums, progress = self.measure("validation"), self.progress
+        figures = {"val/ce": mean_ce(sums)}
+        figures |= {f"val/{name}/ce": each["ce"] for name, each in self.by_corpus("validation", sums).items()}
+        if self.run.settings.train.patience is None:
+            return figures
+        if progress.best_ce is None or figures["val/ce"] < progress.best_ce:
+            progress.best_ce, progress.best_step, progress.waited = figures["val/ce"], progress.step, 0
+            # copied even on a CPU, where training goes on in place
+            self.best = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+        else:
+            progress.waited += 1
+        return figures | {"best_step": progress.best_step}
+
+    def save(self) -> None:
+        """A checkpoint of this step."""
+        files = {"model": self.model.state_dict()}
+        files["optimizer"] = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        files |= {"best": self.best} if self.best else {}
+        checkpoint.save(self.run.folder / "checkpoints", self.progress.step, files, asdict(self.progress))
+
+    def held_out(self) -> dict[str, Any]:
+        """The result's figures of validation and test, of the best weights if they were kept; what they are made of
+        goes into evaluation.safetensors."""
+        if self.best:
+            self.model.load_state_dict(self.best)
+        result, tensors = {}, {}
+        for name, split in SPLITS.items():
+            sums = self.measure(split)
+            ce = mean_ce(sums)
+            result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
+            text = self.run.prepared.splits[split]
+            result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
+            result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
+            for corpus, each in self.by_corpus(split, sums).items():
+                result |= {f"{name}/{corpus}/{key}": value for key, value in each.items()}
+            if any(router.trains_differently for router in self.model.routers.values()):
+                result[f"{name}/ce_as_in_training"] = mean_ce(self.measure(split, as_in_training=True))
+            tensors |= {f"{split}/{key}": value for key, value in sums.items()}
+        save_file(tensors, self.run.folder / "evaluation.safetensors")
+        return result
+
+
+def open_session(run: Run) -> Session:
+    """At the newest checkpoint; without one at the weights of train.init_from, or at first values.
+
+    Raises ValueError for weights that do not fit, damaged checkpoints and a disk that has no room for new ones.
+    """
+    settings, folder, device = run.settings, run.folder, choose_device(run.settings)
+    model = make_model(settings, run.prepared, device, checkpoint.load_baseline(settings, device)).to(device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    require_space(folder, 9 * weights)  # for two checkpoints: weights, two moments, the best weights
+    optimizer, progress, best = make_optimizer(model, settings.train), Progress(), {}
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is not None:
+        state, best = checkpoint.restore(last, model, optimizer)
+        progress = Progress(**state)
+    elif settings.train.init_from is not None:
+        checkpoint.load_weights(Path(settings.train.init_from), model)
+    freeze(model, settings.train.update)  # after loading, upon which a router may choose what it trains
+    origin = provenance(run.prepared, model, device, precision(settings, device))
+    origin["parameters"]["trained"] = sum(p.numel() for p in trained(model, settings.train.update).values())
+    return Session(run, device, model, optimizer, make_losses(settings, model, device), progress, origin, best)

@@ -1,0 +1,126 @@
+"""The finished runs that a run builds on: router.baseline and train.init_from, found by folder or glob."""
+
+import glob
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.dictionary_files import find_dictionary
+from training.folder import has_weights, is_finished
+from training.settings import Settings
+
+OF_THE_MODEL = ("num_experts", "experts", "model", "router")
+OF_THE_DATA = ("sequence_length", "source_length")  # what tables and learned positions are sized by
+MAY_DIFFER = ("dispatch", "baseline")  # how the same is computed, and what the tables were drawn from
+
+
+def find_run(key: str, pattern: str, remedy: str) -> Path:
+    """The one finished run with weights that the folder or glob names. ValueError if there is none, or are several."""
+    found = [Path(folder) for folder in glob.glob(absolute(pattern))]
+    kept = [run for run in found if is_finished(run) and has_weights(run)]
+    if len(kept) != 1:
+        names = ", ".join(sorted(run.name for run in kept)) or "none"
+        raise ValueError(f"{key}={pattern} must name one finished run that kept its weights; {remedy}; found {names}")
+    return kept[0]
+
+
+def absolute(pattern: str) -> str:
+    return str(Path(pattern).expanduser().absolute())
+
+
+def planned_start(settings: Settings, planned: Iterable[Settings]) -> Settings | None:
+    """Of the earlier jobs of a sweep, the one that makes the run which train.init_from names: it comes before what
+    lies on the disk. The ids are not known yet. ValueError if several do."""
+    wanted = absolute(settings.train.init_from or "")
+    # an id is eight digits, of which a glob that names a run by arm and seed says nothing
+    makers = [each for each in planned if fnmatch(f"{absolute(each.runs)}/{each.arm}-s{each.seed}-{'0' * 8}", wanted)]
+    if len(makers) > 1:
+        names = ", ".join(f"{each.arm}-s{each.seed}" for each in makers)
+        rule = "must name one run; of this sweep's earlier jobs it fits several"
+        raise ValueError(f"train.init_from={settings.train.init_from} {rule}: {names}")
+    return makers[0] if makers else None
+
+
+def check_start(settings: Settings, planned: Iterable[Settings]) -> None:
+    """train.init_from becomes the run that it names, and stays a glob while an earlier job of the sweep has to make it.
+
+    Raises ValueError, in one line, for no such run or another model than this one.
+    """
+    pattern = settings.train.init_from
+    if pattern is None:
+        return
+    maker = planned_start(settings, planned)
+    if maker is not None:
+        require_same_model(settings, asdict(maker), pattern)
+        return
+    remedy = "python run.py with record.keep_weights=true makes one"
+    folder = find_run("train.init_from", pattern, remedy)
+    settings.train.init_from = str(folder)
+    require_same_model(settings, config_of(folder), str(folder))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def require_same_model(settings: Settings, first: dict[str, Any], name: str) -> None:
+    """first: the settings of the run called name. ValueError that names the key in which the models differ; of a
+    router's options coefficients, factors and rates (what has a fraction, or is null) may."""
+    mine = asdict(settings)
+    both = [(key, mine[key], first[key]) for key in OF_THE_MODEL]
+    both += [("tokenizer._target_", mine["tokenizer"]["_target_"], first["tokenizer"]["_target_"])]
+    both += [(f"data.{key}", mine["data"].get(key), first["data"].get(key)) for key in OF_THE_DATA]
+    for key, here, there in both:
+        for place, one, other in differences(key, here, there):
+            free = key == "router" and all(isinstance(value, float | None) for value in (one, other))
+            if not free and place.rpartition(".")[2] not in MAY_DIFFER:
+                raise ValueError(f"{place} must be that of train.init_from={name}: {other}; got {one}")
+
+
+def differences(place: str, one: Any, other: Any) -> Iterable[tuple[str, Any, Any]]:
+    """(place, value here, value there) of all leaves that differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):  # _target_ first
+            yield from differences(f"{place}.{key}", one.get(key), other.get(key))
+    elif one != other:
+        yield place, one, other
+
+
+def take_dictionary(settings: Settings, planned: Mapping[Path, Path]) -> None:
+    """train.init_from becomes a folder, and tokenizer.file the prepared data with that run's dictionary.
+
+    planned: run folder -> prepared folder, of the sweep's earlier jobs, which need not have run. Raises ValueError if
+    the dictionary is gone, or if tokenizer.file names another one.
+    """
+    folder, dictionary = _start_of(settings, planned)
+    settings.train.init_from = str(folder)
+    if not (dictionary / "tokenizer.json").exists():
+        remedy = "the command that made the run makes it again"
+        raise ValueError(f"the prepared data of train.init_from={folder} is gone: {dictionary}; {remedy}")
+    if given := settings.tokenizer.get("file"):
+        require_same_dictionary(find_dictionary(given), dictionary, f"tokenizer.file={given}")
+    if "file" in settings.tokenizer:  # bytes are the same everywhere
+        settings.tokenizer["file"] = str(dictionary)
+
+
+def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
+    """file: a tokenizer.json, of what is called name. ValueError if the prepared folder has another dictionary."""
+    try:
+        same = json.loads(file.read_bytes()) == json.loads((prepared / "tokenizer.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the dictionary of {name} cannot be read: {error}") from error
+    if not same:
+        raise ValueError(f"{name} must have the dictionary of {prepared}; it has another one")
+
+
+def _start_of(settings: Settings, planned: Mapping[Path, Path]) -> tuple[Path, Path]:
+    wanted = absolute(settings.train.init_from or "")
+    for folder, prepared in planned.items():
+        if str(folder) == wanted or fnmatch(str(folder), wanted):
+            return folder, prepared
+    return Path(wanted), find_dictionary(wanted).parent
