@@ -60,7 +60,7 @@ def _contexts_apart(batch: Batch) -> Batch:
     read = tokens._replace(
         id=torch.where(of_source, tokens.id, END),
         previous=torch.where(of_source, tokens.previous, BEGIN),
-        next=torch.where(of_source & ~begun & pad(of_source[:, 1:], (0, 1)), tokens.next, END),
+        next=torch.where(of_source & pad(of_source[:, 1:], (0, 1)), tokens.next, END),
         real=of_source,
     )
     written = tokens._replace(

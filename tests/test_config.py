@@ -39,12 +39,15 @@ def runs(tmp_path_factory) -> str:
 ARMS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("scale", ["smoke", "small"])
+NUM_EXPERTS = {"smoke": 16, "small": 64, "medium": 64, "paper": 64}
+
+
+@pytest.mark.parametrize("scale", NUM_EXPERTS)
 @pytest.mark.parametrize("router", ARMS)
 def test_every_router_composes_at_every_scale(router, scale, runs):
     settings = read(compose_config(f"router={router}", f"scale={scale}", runs))
     assert (settings.arm, settings.scale) == (router, scale)
-    assert settings.num_experts == {"smoke": 16, "small": 64}[scale]
+    assert settings.num_experts == NUM_EXPERTS[scale]
 
 
 BAD = [
@@ -67,6 +70,11 @@ BAD = [
     ("router.load_balance_coef=much", "load_balance_coef"),
     ("~router.jitter", "needs the option jitter"),
     ("router._target_=routers.routing.Site", "routers.routing.Site"),
+    ("model.encoder_layers=-1", "model.encoder_layers must be at least 0; got -1"),
+    ("model.sparse_in=encoder", "model.sparse_in=encoder needs model.encoder_layers of at least 1; got 0"),
+    ("model.sparse_in=both", "model.sparse_in must be one of decoder, encoder; got both"),
+    ("model.num_positions=64", "model.num_positions must be at least 1 with model.positions=learned, and null"),
+    ("data.source_length=16", "data.source_length must be null for a decoder-only model"),
     ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
 ]
 
@@ -132,8 +140,12 @@ SWEEPS = {"quickstart": 15, "routers": 43, "finetune": 6}
 NEEDS = {"finetune": ["data.folder=dialogues"]}  # what a sweep wants on the command line
 
 
-@pytest.mark.parametrize(("sweep", "jobs"), SWEEPS.items())
-def test_each_sweep_composes_to_its_stated_jobs(sweep, jobs, runs):
+EVERYWHERE = [(sweep, scale) for sweep in SWEEPS for scale in NUM_EXPERTS if sweep != "routers" or scale == "smoke"]
+
+
+@pytest.mark.parametrize(("sweep", "scale"), EVERYWHERE)  # routers are all arms, which compose at every scale above
+def test_each_sweep_composes_to_its_stated_jobs_at_every_scale(sweep, scale, runs):
+    jobs = SWEEPS[sweep]
     text = (ROOT / "sweeps" / f"{sweep}.yaml").read_text()
     assert f"Jobs: {jobs}" in text
     params = compose_params(sweep)
@@ -141,7 +153,13 @@ def test_each_sweep_composes_to_its_stated_jobs(sweep, jobs, runs):
     every, checked = list(product(*choices)), []
     assert len(every) == jobs
     for words in every if sweep != "quickstart" else every[::3]:  # its seeds are alike
-        checked.append(read(compose_config(f"sweeps={sweep}", *words, *NEEDS.get(sweep, []), runs), checked))
+        words = [f"sweeps={sweep}", f"scale={scale}", *words, *NEEDS.get(sweep, []), runs]
+        checked.append(read(compose_config(*words), checked))
+    assert {settings.scale for settings in checked} == {scale}
+
+
+def test_every_scale_is_tested():
+    assert {path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml")} == NUM_EXPERTS.keys()
 
 
 def compose_params(sweep: str) -> dict:

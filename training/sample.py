@@ -7,30 +7,42 @@ import torch
 
 from data.batches import make_batch
 from data.randomness import generator
+from data.source import divided
 from data.tokenizer import END, decode, encode, load_tokenizer
 from training.checkpoint import LoadedRun, load_run
 
 
-def next_token_scores(run: LoadedRun, ids: list[int]) -> torch.Tensor:
-    """(V,) logits of what follows ids, of which the model sees the last window."""
-    window = torch.tensor([ids[-run.model.sequence_length :] + [END]])  # the last stands for the unknown target
+def next_token_scores(run: LoadedRun, ids: list[int], given: int) -> torch.Tensor:
+    """(V,) logits of what follows ids, of which the model sees the last window. given: how many are the prompt's.
+
+    Of dialogues an encoder reads the prompt; of plain text the first tokens, in a short text all but the last.
+    """
+    seen = ids[-run.model.sequence_length :]
+    window = torch.tensor([[*seen, END]])  # the last stands for the unknown target
     document = torch.cumsum(window == END, 1) - (window == END).long()
     group = run.settings.train.routing_group  # routers see whole groups: the rest is padding
     window, document = window.expand(group, -1), document.expand(group, -1)
     real = torch.zeros(group, window.shape[1] - 1, dtype=torch.bool)
     real[0] = True
-    batch = make_batch(window, document, real, torch.zeros(group, dtype=torch.int64))
+    counted = torch.arange(len(seen)) >= given - 1 - (len(ids) - len(seen))
+    batch = make_batch(window, document, real, torch.zeros(group, dtype=torch.int64), counted.expand(group, -1))
+    read = run.model.source_length
+    if run.model.encoder is not None and read is not None:
+        batch = divided(batch, min(read, len(seen) - 1))
     with torch.no_grad():
         batch, plans = run.model.prepare(batch)
-        return run.model(batch.tokens, plans, batch.document).logits[0, -1].float()
+        return run.model(batch.tokens, plans, batch.document, batch.source).logits[0, -1].float()
 
 
 def sample(run: LoadedRun, prompt: str, length: int, temperature: float, seed: int) -> str:
     """The prompt continued, by length tokens or to the document's end. At temperature 0 the likeliest."""
     tokenizer = load_tokenizer(run.prepared.folder)
     ids, draws = [END, *encode(tokenizer, prompt)], generator(seed, "sample")
+    if len(ids) < 2 and run.model.encoder is not None:
+        raise ValueError("--prompt must not be empty: an encoder reads it")
+    given = len(ids)
     for _ in range(length):
-        scores = next_token_scores(run, ids)
+        scores = next_token_scores(run, ids, given)
         if temperature > 0:
             ids.append(int(torch.multinomial((scores / temperature).softmax(-1), 1, generator=draws)))
         else:
@@ -50,9 +62,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         run = load_run(options.run)
+        print(sample(run, options.prompt, options.tokens, options.temperature, options.seed))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(sample(run, options.prompt, options.tokens, options.temperature, options.seed))
 
 
 if __name__ == "__main__":
