@@ -71,7 +71,8 @@ def distilled_table(keys: Keys) -> Tensor:
     seen, experts = 0, torch.zeros(len(keys.counts) * site.num_experts, dtype=torch.int64)
     assert teacher is not None and site.training_text is not None
     for tokens in site.training_text():
-        routing = teacher.infer(tokens).routings.get(site.layer)  # type: ignore[operator]
+        document = (tokens.previous == site.begin).cumsum(1)  # for a teacher whose attention stays within one
+        routing = teacher.infer(tokens, document).routings.get(site.layer)  # type: ignore[operator]
         if routing is None or teacher.num_experts != site.num_experts:
             wanted = f"a routed layer {site.layer} with {site.num_experts} experts"
             raise ValueError(f"router.baseline must be a run with {wanted} for router.table=distilled")
