@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from analysis.runs import Study
+from analysis.tables import LEAKS
 
 
 def save_learning_curves(study: Study, frame: pd.DataFrame, style: dict, folder: Path) -> None:
@@ -46,7 +47,7 @@ def save_learning_curves(study: Study, frame: pd.DataFrame, style: dict, folder:
 
 
 def save_differences(study: Study, frame: pd.DataFrame, style: dict, folder: Path) -> None:
-    """Draw folder/figure.png and figure.pdf: each arm's difference to the reference on test, the best below.
+    """Draw folder/figure.png and figure.pdf: each arm's difference to the reference on test, the best on top.
 
     Bars are the intervals, where there is more than one pair. The axis spans the arms that see no future in evaluation;
     of others that lie outside stands the number. The same study is the same bytes, as in save_learning_curves.
@@ -55,7 +56,7 @@ def save_differences(study: Study, frame: pd.DataFrame, style: dict, folder: Pat
     rows = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)]
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
     ends = rows.loc[:, ["difference_mean", "difference_low", "difference_high"]]
-    fair = ends.loc[~rows["label"].str.endswith("‡")]
+    fair = ends.loc[~rows["label"].str.endswith(LEAKS)]
     low, high = min(float(fair.min().min()), 0.0), max(float(fair.max().max()), 0.0)
     with context(["default", style["matplotlib"]]):
         figure = Figure(figsize=(3.4, 0.8 + 0.14 * len(rows)))
@@ -71,7 +72,11 @@ def save_differences(study: Study, frame: pd.DataFrame, style: dict, folder: Pat
             axes.errorbar(mean, place, xerr=reach if row["difference_pairs"] > 1 else None, **style["point"])
         axes.set_yticks(range(len(rows)), rows["label"])
         axes.set_ylim(-0.8, len(rows) - 0.2)
-        axes.set_xlabel(f"test cross-entropy less that of {reference}\n(nats per token, n = {rows['n'].max()})")
+        axes.grid(axis="y", color="0.92", linewidth=0.5)
+        axes.set_axisbelow(True)
+        figure.supxlabel(
+            f"test cross-entropy less that of {reference}\n(nats per token, n = {rows['n'].max()})", fontsize="medium"
+        )
         _save(figure, folder)
 
 

@@ -33,7 +33,9 @@ def report(name: str, runs: Path, results: Path) -> str:
     where = f"table   {folder}/table.md, table.csv\n"
     where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
-    best = shlex.quote(str(runs / study.counted.sort_values("val/ce")["id"].iloc[0]))
+    fair = frame.loc[~frame["label"].str.endswith(tables.LEAKS), "arm"]  # an oracle has nothing to continue with
+    ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
+    best = shlex.quote(str(runs / ranked["id"].iloc[0]))
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([header, terminal, notes, where, "\n".join(["what to try next:", *ideas])])

@@ -6,6 +6,8 @@ from tabulate import tabulate
 from analysis.runs import Study
 from analysis.statistics import mean_and_deviation, paired_difference
 
+LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
+
 
 def table(study: Study, style: dict) -> pd.DataFrame:
     """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
@@ -18,7 +20,7 @@ def table(study: Study, style: dict) -> pd.DataFrame:
         runs = counted.loc[counted["arm"] == arm]
         label = style["arms"].get(arm, {}).get("label") or style["labels"].get(arm, arm.replace("_", " "))
         if any("evaluation" in leak for leaks in runs.get("leaks", []) for leak in leaks):
-            label += " ‡"
+            label += f" {LEAKS}"
         row = {"arm": arm, "label": label, "planned": (study.runs["arm"] == arm).sum(), "n": len(runs)}
         row |= {f"{kind}_parameters": runs[f"parameters/{kind}"].mean() for kind in ("active", "total")}
         for split in ("test", "val"):
@@ -117,8 +119,8 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
-    if frame["label"].str.endswith(" ‡").any():
-        lines.append("‡ routes by what comes after a token, in evaluation too: a bound, not a language model")
+    if frame["label"].str.endswith(LEAKS).any():
+        lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
     compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")
     if any(row["difference_pairs"] > 1 and not row["separated"] for row in compared):
         lines.append(f"† not separated from {reference}: the interval contains 0")

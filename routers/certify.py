@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from routers.certificate import arithmetic, scores, sight, state, tokens
+from routers.certificate import arithmetic, balance, scores, sight, state, tokens
 from routers.certificate.alarm import leak_alarm
 from routers.certificate.findings import CONFIRMED, EXACT, FAILED, MODES, Check, Finding
 from routers.certificate.trial import Case
@@ -37,7 +37,10 @@ CHECKS: dict[str, Check] = LEAK_CHECKS | {
     "state of training counts": state.state_matters,
     "survives a checkpoint": state.survives_checkpoint,
     "every token accounted for": tokens.accounts_for_every_token,
-    "loads": tokens.loads,
+    "loads": balance.loads,
+    "balanced table at its bound": balance.table_reaches_its_bound,
+    "evens a drifting stream": balance.evens_a_drifting_stream,
+    "balancing loss as published": balance.loss_as_published,
     "equal to a loop, float64": partial(arithmetic.equals_the_loop, dtype=torch.float64, path="loop", tolerance=EXACT),
     "working path, float32": partial(
         arithmetic.equals_the_loop, dtype=torch.float32, path="grouped_mm", tolerance=2e-5
@@ -55,7 +58,7 @@ CHECKS: dict[str, Check] = LEAK_CHECKS | {
 def case_of(settings: DictConfig) -> Case:
     """The case of a composed config. Raises ValueError for what is wrong with its router or experts.
 
-    As few experts as the router takes: 4, 8, ... up to num_experts. A table from a file has its own sizes.
+    As few experts as the router takes: 4, 8, ... up to num_experts. A table from a file has its own sizes and layers.
     """
     config: Any = OmegaConf.to_container(settings, resolve=True)
     check_targets(config, "", (*PACKAGES, *config["extra_packages"]))
@@ -65,7 +68,9 @@ def case_of(settings: DictConfig) -> Case:
     if not issubclass(found, Router):
         raise ValueError(f"router._target_ must be a class of routers.routing.Router; got {found.__name__}")
     experts, more = target({key: value for key, value in config["experts"].items() if key != "num_shared"}, skip=4)
-    wanted, in_file = config["num_experts"], options.get("file") is not None
+    wanted, in_file = config["num_experts"], names_a_file(config["router"])
+    of_config = tuple(sorted(config["model"]["sparse_layers"]))
+    sparse_layers = of_config if in_file else tuple(range(max(4, len(of_config))))
 
     def make_router(site: Site) -> Router:
         return found(site, **options)
@@ -79,6 +84,7 @@ def case_of(settings: DictConfig) -> Case:
             num_shared=config["experts"]["num_shared"],
             activation=config["model"]["activation"],
             placement=config["model"]["placement"],
+            sparse_layers=sparse_layers,
         )
 
     numbers = [] if in_file else [2**power for power in range(2, 12) if 2**power < wanted]
@@ -89,6 +95,12 @@ def case_of(settings: DictConfig) -> Case:
                 return case(number)  # with fewer, all experts see a token and nothing is left to decide
     case(wanted).model(0)
     return case(wanted)
+
+
+def names_a_file(node: Any) -> bool:
+    """Whether a router, or one inside it, reads its table from a file."""
+    inner = [value for value in node.values() if isinstance(value, dict)]
+    return node.get("file") is not None or any(names_a_file(each) for each in inner)
 
 
 def findings(case: Case, checks: dict[str, Check]) -> Iterator[tuple[str, Finding, float]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from data.batches import Tokens
-from routers.routing import Plan, Router, Routing, Site
+from routers.routing import Balancing, Plan, Router, Routing, Site
 
 
 class FirstK(Router):
@@ -28,6 +28,9 @@ class FirstK(Router):
 
     def plan(self, tokens: Tokens) -> Plan | None:
         return self.inner.plan(tokens)
+
+    def balancing(self, hidden: Tensor, tokens: Tokens) -> Balancing | None:
+        return self.inner.balancing(hidden, tokens)
 
     def after_step(self, load: Tensor, progress: float) -> None:
         self.inner.after_step(load, progress)

@@ -51,7 +51,7 @@ def balance_loss(choice: Tensor, probability: Tensor) -> Tensor:
     f_i: share of the choices that are i, before dropping, without gradient. P_i: mean probability (G, N, E) of i.
     """
     real = (choice.sum(-1, keepdim=True) > 0).to(probability.dtype)  # (G, N, 1)
-    share = choice.sum(1) / choice.sum((1, 2)).clamp(min=1)[:, None]  # (G, E)
+    share = choice.sum(1).to(probability.dtype) / choice.sum((1, 2)).clamp(min=1)[:, None]  # (G, E)
     mean_probability = (probability.view(choice.shape) * real).sum(1) / real.sum(1).clamp(min=1)
     return choice.shape[-1] * (share * mean_probability).sum(-1).mean()
 

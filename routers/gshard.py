@@ -9,7 +9,7 @@ from torch import Tensor
 from data.batches import Tokens
 from data.randomness import uniform
 from routers.gates import balance_loss, choices, gate_parameter, gate_scores, top
-from routers.routing import LEAKS, Router, Routing, Site, some_each
+from routers.routing import LEAKS, Balancing, Router, Routing, Site, some_each
 
 
 class GShard(Router):
@@ -43,8 +43,9 @@ class GShard(Router):
                 raise ValueError(f"router.{name} must be above 0, or null for no limit; got {factor}")
         self.load_balance_coef = load_balance_coef
         self.capacity_factors = {True: capacity_factor, False: eval_capacity_factor}  # by self.training
-        limited = {"training": capacity_factor, "evaluation": eval_capacity_factor}
-        self.leaks = frozenset(leak for leak in LEAKS if limited[leak.split()[-1]] is not None)
+        never = float("inf")  # and a factor of E / 2 or more, where all tokens find room in one expert
+        limited = {"training": capacity_factor or never, "evaluation": eval_capacity_factor or never}
+        self.leaks = frozenset(leak for leak in LEAKS if 2 * limited[leak.split()[-1]] < site.num_experts)
         self.forward_flops = 2 * site.d_model * site.num_experts
         self.gate = gate_parameter(site)
 
@@ -62,6 +63,10 @@ class GShard(Router):
             second = second * kept[..., 1].reshape(second.shape[:2])[..., None]
             kept = within_room(first, second, capacity_factor).view(kept.shape)
         return some_each(expert, weight * kept, self.load_balance_coef * balance_loss(first, scores.softmax(-1)))
+
+    def balancing(self, hidden: Tensor, tokens: Tokens) -> Balancing:
+        scores = gate_scores(hidden, self.gate)
+        return Balancing(scores, scores.softmax(-1), self.load_balance_coef)
 
 
 def within_room(first: Tensor, second: Tensor, capacity_factor: float) -> Tensor:

@@ -66,8 +66,11 @@ class Lookup(Router):
             return torch.zeros(self.feature.size, k, dtype=torch.int64)
         place = self.site.layer if self.per_layer else "every layer"
         draws = generator(self.site.seed, "router", place, "table", column)
-        table = TABLES[self.name](tables.Keys(self.feature.counts(), self.site, draws, k, self.file))
+        counts = self.feature.counts()
+        table = TABLES[self.name](tables.Keys(counts, self.site, draws, k, self.file))
         tables.check_table(table, self.site.num_experts)
+        if self.name == "balanced" and not self.feature.uses_prediction:
+            self.load_bound = tables.balance_bound(counts, self.site.num_experts, k)
         return table
 
     def hold(self, table: Tensor) -> None:

@@ -28,7 +28,7 @@ class LossFree(Router):
             raise ValueError(f"router.k must be in 1..num_experts = {site.num_experts}; got {k}")
         if update_rate < 0:
             raise ValueError(f"router.update_rate must not be negative; got {update_rate}")
-        self.update_rate = update_rate
+        self.update_rate, self.follows_load = update_rate, update_rate > 0
         self.experts_per_token, self.forward_flops = k, 2 * site.d_model * site.num_experts
         self.gate = gate_parameter(site)
         self.register_buffer("bias", torch.zeros(site.num_experts))

@@ -40,6 +40,20 @@ class Plan(NamedTuple):
     offsets: Tensor  # (E * N,) int32, end of each group in order
 
 
+class Balancing(NamedTuple):
+    """The published loss in a router's aux_loss: coef * E * sum_i f_i P_i (Switch, arXiv 2101.03961, eq. 4) +
+    z_coef * mean logsumexp(s)^2 (ST-MoE, arXiv 2202.08906, eq. 5), over a group's real tokens, the mean over groups.
+
+    f_i: share of the highest `choices` scores of all tokens that are i, before any is dropped; P_i: mean probability.
+    """
+
+    scores: Tensor  # (B, S, E) s
+    probability: Tensor  # (B, S, E)
+    coef: float
+    choices: int = 1
+    z_coef: float = 0.0
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a router stands and what it may know before training. Raises ValueError in routers that refuse it."""
@@ -65,7 +79,7 @@ class Site:
 
 
 class Router(nn.Module):
-    """Decides which expert sees which token. Two optional methods do nothing unless a method needs them.
+    """Decides which expert sees which token. The methods after forward do nothing unless a method needs them.
 
     What a method may declare about itself stands below.
     """
@@ -77,6 +91,8 @@ class Router(nn.Module):
     trains_differently: bool = False  # routes otherwise in training than in evaluation: both are evaluated
     uses_prediction: bool = False  # reads tokens.predicted, the baseline's argmax of the next token
     even_loads: bool = False  # in training the loads of a routing group differ by at most one
+    follows_load: bool = False  # after_step evens the loads
+    load_bound: float | None = None  # of the fullest expert over the mean, on the training text, for each segment
     leaks: frozenset[str] = frozenset()  # what routing sees beyond a token's past, from LEAKS
 
     def __init__(self, site: Site):
@@ -89,6 +105,10 @@ class Router(nn.Module):
 
     def plan(self, tokens: Tokens) -> Plan | None:
         """For routers that need tokens alone: the plan, made with the batch and off the step's critical path."""
+        return None
+
+    def balancing(self, hidden: Tensor, tokens: Tokens) -> Balancing | None:
+        """What the certificate holds aux_loss against, if it is the published load-balancing loss."""
         return None
 
     def after_step(self, load: Tensor, progress: float) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data.batches import Tokens
 from routers.gates import balance_loss, choices, gate_parameter, gate_scores, jittered, within_capacity, z_loss
-from routers.routing import LEAKS, Router, Routing, Site, one_each
+from routers.routing import LEAKS, Balancing, Router, Routing, Site, at_least_float32, one_each
 
 
 class Switch(Router):
@@ -51,8 +51,9 @@ class Switch(Router):
         self.load_balance_coef, self.z_loss_coef, self.jitter = load_balance_coef, z_loss_coef, jitter
         self.straight_through, self.by_token = weight == "straight_through", gate == "token"
         self.trains_differently = jitter > 0 or capacity_factor != eval_capacity_factor
-        limited = {"training": capacity_factor, "evaluation": eval_capacity_factor}
-        self.leaks = frozenset(leak for leak in LEAKS if limited[leak.split()[-1]] is not None)
+        never = float("inf")  # and a factor of E or more, where all tokens find room in one expert
+        limited = {"training": capacity_factor or never, "evaluation": eval_capacity_factor or never}
+        self.leaks = frozenset(leak for leak in LEAKS if limited[leak.split()[-1]] < site.num_experts)
         if self.by_token:
             self.gate = nn.Parameter(torch.empty(site.vocab_size, site.num_experts))
             with torch.no_grad():
@@ -76,10 +77,14 @@ class Switch(Router):
             kept = within_capacity(choice, capacity_factor).any(-1).view(kept.shape)
         return one_each(expert, weight * kept, aux_loss)
 
+    def balancing(self, hidden: Tensor, tokens: Tokens) -> Balancing:
+        scores = self.scores(hidden, tokens)
+        return Balancing(scores, scores.softmax(-1), self.load_balance_coef, z_coef=self.z_loss_coef)
+
     def scores(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """(B, S, E) in at least float32."""
         if self.by_token:
-            return torch.nn.functional.embedding(tokens.id, self.gate).float()
+            return at_least_float32(torch.nn.functional.embedding(tokens.id, self.gate))
         if self.training and self.jitter > 0:
             hidden = jittered(hidden, tokens, self.site.layer, self.jitter)
         return gate_scores(hidden, self.gate)

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from data.batches import Tokens
 from routers.gates import balance_loss, choices, gate_parameter, gate_scores, top, z_loss
-from routers.routing import Router, Routing, Site, some_each
+from routers.routing import Balancing, Router, Routing, Site, some_each
 
 LOG_SCORES = {"softmax": lambda scores: torch.log_softmax(scores, -1), "sigmoid": logsigmoid}
 
@@ -51,3 +51,8 @@ class TopK(Router):
         if self.z_loss_coef > 0:
             aux_loss = aux_loss + self.z_loss_coef * z_loss(scores, tokens, self.site.routing_group)
         return some_each(expert, weight * tokens.real[..., None], aux_loss)
+
+    def balancing(self, hidden: Tensor, tokens: Tokens) -> Balancing:
+        scores = gate_scores(hidden, self.gate)
+        probability = self.log_score(scores).softmax(-1)
+        return Balancing(scores, probability, self.load_balance_coef, self.experts_per_token, self.z_loss_coef)

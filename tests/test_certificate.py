@@ -17,7 +17,7 @@ from routers.certificate.findings import CONFIRMED, FAILED
 from routers.certificate.trial import Case
 from routers.certify import CHECKS, case_of, main
 from routers.gates import balance_loss, choices, gate_parameter, gate_scores, within_capacity
-from routers.routing import Router, make_plan, one_each, some_each
+from routers.routing import LEAKS, Balancing, Router, make_plan, one_each, some_each
 from routers.switch import Switch
 
 
@@ -78,6 +78,16 @@ class Modest(Sound):
     """Declares a leak that it has not."""
 
     leaks = frozenset({"mates in evaluation"})
+
+
+class ModestAbove(Sound):
+    """Sees the future in its first layer, and says so of all."""
+
+    leaks = frozenset({"future in training", "future in evaluation"})
+
+    def scores(self, hidden, tokens):
+        ahead = hidden.mean(1, keepdim=True) if self.site.layer == 0 else 0
+        return super().scores(hidden - ahead, tokens)
 
 
 class LooksAtMates(Sound):
@@ -197,6 +207,56 @@ class PaddingTakesRoom(Sound):
         return routing._replace(weight=routing.weight * kept.view(-1))
 
 
+class Balanced(Sound):
+    """Switch's loss; ways to get it wrong below."""
+
+    def loss(self, p, tokens):
+        return 0.1 * balance_loss(choices(p.argmax(-1, keepdim=True), tokens, self.site), p)
+
+    def balancing(self, hidden, tokens):
+        scores = self.scores(hidden, tokens)
+        return Balancing(scores, scores.softmax(-1), 0.1)
+
+
+class LossOverExperts(Balanced):
+    def loss(self, p, tokens):
+        return super().loss(p, tokens) / self.site.num_experts
+
+
+class LossAfterDropping(Balanced):
+    leaks = LEAKS
+
+    def loss(self, p, tokens):
+        choice = choices(p.argmax(-1, keepdim=True), tokens, self.site)
+        return 0.1 * balance_loss(choice * within_capacity(choice, 0.5), p)
+
+
+class LossOverPadding(Balanced):
+    def loss(self, p, tokens):
+        return super().loss(p, tokens._replace(real=torch.ones_like(tokens.real)))
+
+
+class ForgetsThePenaltyOfSize(Balanced):
+    def balancing(self, hidden, tokens):
+        return super().balancing(hidden, tokens)._replace(z_coef=0.01)
+
+
+class PromisesABound(Router):
+    """Half the experts stay empty."""
+
+    load_bound = 1.0
+
+    def forward(self, hidden, tokens):
+        return one_each(tokens.id % 2, tokens.real)
+
+
+class BiasTheWrongWay(Biased):
+    follows_load = True
+
+    def after_step(self, load, progress):
+        super().after_step(-load, progress)
+
+
 class Negative(Sound):
     def forward(self, hidden, tokens):
         routing = super().forward(hidden, tokens)
@@ -273,7 +333,7 @@ class ForgetsItsWeight(Sound):
 
 FAULTS = {
     "blind to the future in training": [NextTokenHash, CausalMean, LooksAtMates],
-    "blind to the future in evaluation": [NextTokenHash, LooksAtMates],
+    "blind to the future in evaluation": [NextTokenHash, LooksAtMates, ModestAbove],
     "blind to batch mates in training": [LooksAtMates],
     "blind to batch mates in evaluation": [Modest, LooksAtMates],
     "evaluation is pure": [Samples, SamplesByKey, ResetsTheGenerator, BiasMovesInEvaluation],
@@ -283,6 +343,9 @@ FAULTS = {
     "every token accounted for": [CountsPadding, WeighsPadding, PaddingTakesRoom, Negative, ForgetsItsWeight],
     "training and evaluation alike": [NoisyInTraining, SaysItTrainsDifferently],
     "loads": [PromisesEvenLoads],
+    "balanced table at its bound": [PromisesABound],
+    "evens a drifting stream": [BiasTheWrongWay],
+    "balancing loss as published": [LossOverExperts, LossAfterDropping, LossOverPadding, ForgetsThePenaltyOfSize],
     "equal to a loop, float64": [HasAnotherPlan],
     "working path, float32": [HasAnotherPlan],
     "the same at any accumulation": [LossOfTheMicroBatch],
@@ -299,7 +362,7 @@ def test_a_faulty_router_is_caught(check, faulty):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("sound", [Sound, Biased])
+@pytest.mark.parametrize("sound", [Sound, Biased, Balanced])
 def test_a_sound_router_passes(check, sound):
     finding = CHECKS[check](Case(sound))
     assert finding.status != FAILED, finding.text

@@ -294,4 +294,6 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     assert "differences with their intervals" in printed
     assert "seer ‡" in printed
     assert "‡ routes by what comes after a token" in printed
+    assert "training.sample" in printed
+    assert f"training.sample {runs}/arm_13-" in printed, "the best that sees no future is to continue a text"
     assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0

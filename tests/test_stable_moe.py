@@ -1,9 +1,21 @@
 import copy
+import json
 import math
 
 import pytest
 import torch
-from conftest import EXPERTS, LENGTH, VOCAB, WIDTH, check, make_site, make_transformer, shaken, some_batch
+from conftest import (
+    EXPERTS,
+    LENGTH,
+    VOCAB,
+    WIDTH,
+    check,
+    compose_config,
+    make_site,
+    make_transformer,
+    shaken,
+    some_batch,
+)
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
@@ -11,6 +23,7 @@ from data.randomness import generator
 from routers.routing import joined
 from routers.stable_moe import StableMoE, distillation, imbalance
 from training import checkpoint
+from training.job import FINISHED, run
 from training.optimizer import step
 
 U = 50
@@ -398,3 +411,10 @@ def test_flops_and_first_values():
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_router(**options)
+
+
+def test_a_run_sees_both_stages(tiny, tmp_path):
+    assert run(compose_config(*tiny, "router=stable_moe", "router.stage_1_share=0.5")) == FINISHED
+    (lines,) = (tmp_path / "runs").glob("stable_moe-*/metrics.jsonl")
+    stages = [line.get("route/1/stage") for line in map(json.loads, lines.read_text().splitlines())]
+    assert [stage for stage in stages if stage] == [1.0] * 6 + [2.0] * 6

@@ -58,8 +58,9 @@ def equals_the_loop_on_a_gpu(case: Case) -> Finding:
             hidden = case.hidden(seed).float()
             expected, routing = ffn(hidden, batch.tokens, None)
             ffn.to(device).path = choose_path("auto", device, torch.bfloat16)
+            there = batch.apply(lambda t: t.to(device)).tokens
             with torch.autocast("cuda", torch.bfloat16):
-                y, moved = ffn(hidden.to(device), batch.apply(lambda t: t.to(device)).tokens, None)
+                y, moved = ffn(hidden.to(device), there, ffn.router.plan(there))
             if not torch.equal(moved.expert.cpu(), routing.expert):
                 return Finding(FAILED, "on the GPU other experts are chosen")
             furthest = max(furthest, float(((y.float().cpu() - expected).abs().max() / expected.abs().max()).detach()))

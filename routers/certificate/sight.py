@@ -32,28 +32,30 @@ def leak(case: Case, what: str, mode: str) -> Finding:
     Measured on the routing of a layer and on the model's output. What is declared must be found, and nothing else.
     """
     probe, name = {"future": change_future, "mates": change_mates}[what], f"{what} in {mode}"
-    hidden_leak, declared, confirmed = 0.0, False, 0.0
+    hidden_leak, confirmed = 0.0, {}
     for seed in range(2 * TRIES):
         model = case.model(seed // 2, MODES[mode])
         batch, changed = probe(case, seed)
-        moved = {}
+        moved: dict[str, tuple[float, bool]] = {}
         for layer, ffn in layers(model):
             hidden = case.hidden(seed, alike=seed % 2 * 2.0)
             seen = [model.prepare(batch)[0], model.prepare(changed.batch)[0]]
             pair = [route(ffn, h, b)[1] for h, b in zip((hidden, changed.hidden(hidden)), seen)]
-            moved[layer] = (changed.compare(*pair), name in ffn.router.leaks)
+            moved[f"layer {layer}"] = (changed.compare(*pair), name in ffn.router.leaks)
         any_declared = any(name in router.leaks for router in model.routers.values())
         pair = logits(model, batch), logits(model, changed.batch)
-        moved["output"] = (changed.compare(*pair), any_declared)
+        moved["the output"] = (changed.compare(*pair), any_declared)
         hidden_leak = max([hidden_leak, *(by for by, known in moved.values() if not known)])
-        confirmed = max([confirmed, *(by for by, known in moved.values() if known)])
-        declared |= any_declared
-    text = f"largest movement {max(hidden_leak, confirmed):.1e}"
+        confirmed |= {place: max(by, confirmed.get(place, 0.0)) for place, (by, known) in moved.items() if known}
+        if len(confirmed) == len(moved) and min(confirmed.values()) > ROUNDING:
+            break  # everything is declared and found
+    text = f"largest movement {max([hidden_leak, *confirmed.values()]):.1e}"
+    unfounded = [str(place) for place, by in confirmed.items() if by <= ROUNDING]
     if hidden_leak > ROUNDING:
         return Finding(FAILED, f"{text}, and {name} is not declared")
-    if declared and confirmed <= ROUNDING:
-        return Finding(FAILED, f"{text}, but {name} is declared")
-    return Finding(CONFIRMED if declared else OK, text)
+    if unfounded:
+        return Finding(FAILED, f"{text}, but {name} is declared and not found in {', '.join(unfounded)}")
+    return Finding(CONFIRMED if confirmed else OK, text)
 
 
 class Changed(NamedTuple):

@@ -85,25 +85,6 @@ def broken_promises(routing: Routing, ffn: SparseFeedForward, batch: Batch) -> I
         yield "a report shadows a metric, or is no detached scalar"
 
 
-def loads(case: Case) -> Finding:
-    """Loads of a routing group: equal to one token where that is promised, reported for all."""
-    promised, spread, fullest, violated = False, 0, 0.0, 0.0
-    for seed in range(TRIES):
-        model = case.model(seed)
-        batch = model.prepare(case.batch(seed, padding=seed))[0]
-        for _, ffn in layers(model):
-            routing, served = route(ffn, case.hidden(seed, alike=seed % 2 * 1.0), batch)
-            load = (served > 0).unflatten(0, (-1, GROUP)).sum((1, 2, 3))  # (groups, E)
-            violated = max(violated, float(routing.report.get("plan_violation", torch.zeros(()))))
-            if ffn.router.even_loads:
-                promised, spread = True, max(spread, int((load.amax(1) - load.amin(1)).max()))
-            fullest = max(fullest, float((load.amax(1) / load.double().mean(1).clamp(min=1e-9)).max()))
-    promise = f"at most {spread} apart, promised 1" if promised else "no promise of even loads"
-    if violated > 1e-3:
-        return Finding(FAILED, f"the plan's sums deviate by {violated:.1e}, 1e-3 allowed")
-    return judged(spread <= 1, f"fullest expert {fullest:.2f} times the mean in training; {promise}")
-
-
 def routes_alike(case: Case) -> Finding:
     """Training and evaluation route alike, or that they do not is declared and found."""
     hidden_share, declared, shares = 0.0, False, [0.0]

@@ -22,9 +22,9 @@ from models.experts import ExpertLayer, Experts
 from models.settings import ModelSettings
 from models.transformer import Transformer
 from routers.gates import gate_parameter, gate_scores
-from routers.routing import Router, Routing, Site, one_each
+from routers.routing import Router, Routing, Site, count, one_each
 
-LENGTH, GROUP, LAYERS, WIDTH = 16, 2, 4, 16
+LENGTH, GROUP, WIDTH = 16, 2, 16
 MakeExperts = Callable[[int, int, int, str], ExpertLayer]  # E, D, F, activation
 
 
@@ -41,7 +41,7 @@ class StandIn(Router):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A router under test, as a factory of tiny models around it: every layer is sparse, as small as it may be."""
+    """A router under test, as a factory of tiny models around it, as small as they may be, in sparse_layers of them."""
 
     make_router: Callable[[Site], Router]
     make_experts: MakeExperts = Experts
@@ -51,11 +51,12 @@ class Case:
     activation: str = "relu"
     placement: str = "replace"
     routing_group: int = GROUP
+    sparse_layers: tuple[int, ...] = (0, 1, 2, 3)
 
     @functools.cached_property
     def settings(self) -> ModelSettings:
         """Sizes that suit the router's segments and experts a token. Raises ValueError as the router does."""
-        router = self.make_router(self.site(0, 0, self.num_experts, WIDTH))
+        router = self.make_router(self.site(0, self.sparse_layers[0], self.num_experts, WIDTH))
         segments, width = router.segments, max(WIDTH, 8 * router.segments)
         d_ff = 16 * segments * (router.experts_per_token // segments + self.num_shared)
         return self.sizes(width, d_ff, self.activation, self.placement)
@@ -63,32 +64,45 @@ class Case:
     def sizes(self, width: int, d_ff: int, activation: str, placement: str) -> ModelSettings:
         options: dict[str, Any] = {"norm": "layernorm", "positions": "rotary", "dispatch": "auto", "num_heads": 2}
         return ModelSettings(
-            num_layers=LAYERS,
+            num_layers=max(self.sparse_layers) + 1,
             d_model=width,
             d_ff=d_ff,
             activation=activation,
-            sparse_layers=list(range(LAYERS)),
+            sparse_layers=list(self.sparse_layers),
             placement=placement,
             **options,
         )
 
     def site(self, seed: int, layer: int, num_experts: int, width: int) -> Site:
-        counts = torch.arange(self.vocab_size, 0, -1) ** 2
         return Site(
             layer=layer,
             num_experts=num_experts,
             d_model=width,
             vocab_size=self.vocab_size,
-            token_counts=counts,
+            token_counts=self.token_counts,
             begin=BEGIN,
             end=END,
             routing_group=self.routing_group,
             seed=seed,
             sequence_length=LENGTH,
-            sparse_layers=tuple(range(LAYERS)),
-            training_text=lambda: [self.batch(f"text {i}", rows=64) for i in range(4)],
+            sparse_layers=self.sparse_layers,
+            training_text=lambda: self.training_text,
             baseline=self.baseline(num_experts, width),
         )
+
+    @functools.cached_property
+    def training_text(self) -> list[Batch]:
+        """Some thousand tokens, the low ids the more frequent."""
+        letters = self.vocab_size - BEGIN - 1
+        draws = [torch.rand(64, LENGTH + 1, generator=generator("certificate", "text", i)) for i in range(4)]
+        windows = [torch.where(draw < 0.9, BEGIN + 1 + (letters * (draw / 0.9) ** 3).long(), END) for draw in draws]
+        everyone = torch.ones(64, LENGTH, dtype=torch.bool)
+        return [batch_of(window, everyone, torch.arange(64)) for window in windows]
+
+    @functools.cached_property
+    def token_counts(self) -> Tensor:
+        """(V,) int64, of the training text."""
+        return torch.stack([count(batch.tokens.id.flatten(), self.vocab_size) for batch in self.training_text]).sum(0)
 
     @functools.cache  # noqa: B019  (a case lives as long as its checks)
     def baseline(self, num_experts: int, width: int) -> Transformer:
