@@ -99,7 +99,7 @@ def header(study: Study, style: dict) -> str:
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     steps, tokens = (study.counted[column].iloc[0] for column in ("step", "token_budget"))
-    stopped = (study.counted["tokens"] < study.counted["token_budget"]).any()
+    stopped = (study.counted["tokens"] < study.counted["token_budget"]).to_numpy().any()
     amount = f"at most {human(tokens)} tokens" if stopped else f"{human(tokens)} tokens in {steps:,.0f} steps"
     seeds = ", ".join(str(seed) for seed in sorted(study.counted["seed"].unique()))
     devices = " and ".join(study.counted["device"].unique())
