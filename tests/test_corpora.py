@@ -13,6 +13,7 @@ from data.corpora import SPLITS, StandardLibrary, TextFiles
 def text_files(files, **options) -> TextFiles:
     defaults = dict.fromkeys(("validation_files", "test_files", "document_start"))
     shares = {"validation_share": 0.0, "test_share": 0.0, "text_field": "text"}
+    shares |= {"validation_more": 0, "test_more": 0}
     return TextFiles(files, **{**defaults, **shares, **options})
 
 
@@ -154,5 +155,5 @@ def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
         (tmp_path / f"part.{number}.txt").write_text(f"number {number}")
     held_out = tmp_path / "held"
     held_out.write_text("held out")
-    corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text")
+    corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text", 0, 0)
     assert list(corpus.documents("train")) == ["number 01", "number 1", "number 9", "number 10"]

@@ -55,7 +55,7 @@ def corpus(tmp_path) -> TextFiles:
 
 def open_corpus(folder: Path) -> TextFiles:
     train, validation, test = (str(folder / f"{split}.jsonl") for split in SPLITS)
-    return TextFiles(train, validation, test, 0.0, 0.0, None, "text")
+    return TextFiles(train, validation, test, 0.0, 0.0, None, "text", 0, 0)
 
 
 def write_documents(folder: Path, **splits: list[str]) -> TextFiles:
@@ -145,15 +145,14 @@ def test_the_tokenizer_sees_the_first_of_the_text_alone(monkeypatch):
 
 def tokenizer_of(ids: list[int], vocab_size: int):
     """One that gives every text these ids."""
-    encodings = [SimpleNamespace(ids=ids), SimpleNamespace(ids=[])]
+    encodings = [SimpleNamespace(ids=ids)]
     fake = {"get_vocab_size": lambda: vocab_size, "encode_batch_fast": lambda *_, **__: encodings, "model": None}
     return SimpleNamespace(**fake)
 
 
-@pytest.mark.parametrize("token", [-1, 300])
-def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path, token):
-    with pytest.raises(ValueError, match=rf"token ids must be in 0\.\.299; the tokenizer gives .*{token}"):
-        data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, token], 300), id)
+def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="token ids must be below 300; the tokenizer gives 300"):
+        data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, 300], 300), id)
     assert not (tmp_path / "train.npy").exists()
 
 
@@ -226,7 +225,7 @@ from data.tokenizer import BytePairs
 data.shards.SHARD, data.encoding.BATCH = 1500, 400
 folder = Path(sys.argv[1])
 names = ("train", "validation", "test")
-corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text")
+corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text", 0, 0)
 """
 
 PREPARE = f"""{OPEN_CORPUS}
