@@ -40,6 +40,7 @@ class DataSettings:
     packing: Annotated[str, one_of("stream", "documents")]
     mask_documents: bool
     cache: str
+    folder: str | None = None  # of the yamls whose corpus names its files by it
 
 
 @dataclass
