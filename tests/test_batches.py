@@ -69,7 +69,7 @@ def test_packed_windows_hold_whole_documents_by_hand(tmp_path):
     assert batch.tokens.id.tolist()[1:] == [
         [6, END, END, END, END],
         [10, 11, 12, 13, 14],
-        [14, 15, 16, 17, 18],  # the first is the last of the window before
+        [15, 16, 17, 18, END],  # the first is the last of the window before
         [7, 8, END, END, END],
         [END] * 5,
     ]
