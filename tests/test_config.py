@@ -67,6 +67,11 @@ BAD = [
     ("~router.jitter", "needs the option jitter"),
     ("router._target_=routers.routing.Site", "routers.routing.Site"),
     ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
+    ("data.packing=tight", "data.packing must be one of stream, documents; got tight"),
+    ("data.vocab_size=20", "data.vocab_size must be at least 258, for 256 bytes and 2 special ids; got 20"),
+    ("tokenizer.file=/nowhere", "tokenizer.file=/nowhere: /nowhere is no dictionary that can be read"),
+    ("tokenizer.min_count=2", "data.tokenizer.BytePairs has no option min_count"),
+    ("tokenizer._target_=data.markov.Markov", "needs the option"),
 ]
 
 

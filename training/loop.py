@@ -116,7 +116,9 @@ class Trainer:
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:
         """Gradients of the step's mean loss. Returns its cross-entropy () and routings over the whole batch, and which
         tokens are real (B, S)."""
-        count = torch.stack([batch.counted.sum() for batch, _ in micros]).sum()
+        count = (
+            torch.stack([batch.counted.sum() for batch, _ in micros]).sum().clamp(min=1)
+        )  # a step may have context alone
         ce, routings = torch.zeros((), device=self.device), []
         for batch, plans in micros:
             each, routed, aux_loss = self.losses(batch, plans)
