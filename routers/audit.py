@@ -29,7 +29,8 @@ SPLITS = {"training": "train", "validation": "validation"}
 
 
 def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert: bool, packing: str) -> str:
-    """name: of the arm; lookups: sparse layer -> its router; packing: as in Split. Routes the whole training and validation text."""
+    """name: of the arm; lookups: sparse layer -> its router; packing: as in Split. Routes the training and the
+    validation text, all of it."""
     parts, router = parts_of(lookups), next(iter(lookups.values()))
     length = router.site.sequence_length
     seen = {text: route(parts, Split(prepared, split, length, packing)) for text, split in SPLITS.items()}
