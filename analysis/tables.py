@@ -71,14 +71,21 @@ def costs(frame: pd.DataFrame, form: str) -> str:
 
 def by_text(frame: pd.DataFrame, form: str) -> str:
     """Figures that do not depend on how text is cut into tokens; "" if no run has them. `form` as in printed()."""
-    rows = frame.loc[frame["test_bits_per_byte"].notna()].to_dict("records")
+    rows = [row for row in frame.to_dict("records") if row["test_bits_per_byte"] >= 0]
     if not rows:
         return ""
-    mark = " §" if frame["test_unknown_share"].max() > 0 else ""
+    mark = " §" if _unknown(frame) > 0 else ""
     headers = ["method", f"test bits per byte{mark}", f"validation{mark}", "test word perplexity", "validation"]
     keys = [f"{split}_{key}" for key in TEXT_FIGURES[:2] for split in ("test", "val")]
     cells = [[row["label"], *(_figure(row[key]) for key in keys)] for row in rows]
     return tabulate(cells, headers, form, colalign=("left", *["right"] * 4), disable_numparse=True)
+
+
+def _unknown(frame: pd.DataFrame) -> float:
+    """The largest share of unknown words in the test tokens."""
+    return max(
+        (row["test_unknown_share"] for row in frame.to_dict("records") if row["test_unknown_share"] > 0), default=0
+    )
 
 
 def _figure(value: float) -> str:
@@ -137,11 +144,11 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
-    if frame["test_bits_per_byte"].notna().any():
+    if by_text(frame, "simple"):
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
         )
-    if (share := frame["test_unknown_share"].max()) > 0:
+    if (share := _unknown(frame)) > 0:
         lines.append(
             f"§ of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per byte and word"
         )
