@@ -19,7 +19,8 @@ def report(name: str, runs: Path, results: Path) -> str:
     study = read_study(name, runs)
     frame = tables.table(study, style)
     header, notes = tables.header(study, style), tables.notes(study, frame)
-    terminal, markdown = (f"{tables.printed(frame, f)}\n\n{tables.costs(frame, f)}" for f in ("simple", "pipe"))
+    parts = (tables.printed, tables.by_text, tables.costs)
+    terminal, markdown = ("\n\n".join(filter(None, (p(frame, f) for p in parts))) for f in ("simple", "pipe"))
 
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from tabulate import tabulate
 from analysis.runs import Study
 from analysis.statistics import mean_and_deviation, paired_difference
 
+TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share")
 LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
 
 
@@ -26,6 +27,9 @@ def table(study: Study, style: dict) -> pd.DataFrame:
         for split in ("test", "val"):
             mean, deviation = mean_and_deviation(runs.loc[:, f"{split}/perplexity"])
             row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
+            for key in TEXT_FIGURES:  # of runs that have them
+                figures = runs[f"{split}/{key}"] if f"{split}/{key}" in runs else pd.Series(dtype=float)
+                row[f"{split}_{key}"] = figures.astype(float).mean(skipna=False)
         for what, column in (("flops", "train_flops_per_token"), ("parameters", "parameters/total")):
             row[f"{what}_over_reference"] = runs[column].mean() / base[column].mean()
         row["flops_per_token"], row["peak_memory_bytes"] = (
@@ -64,6 +68,30 @@ def costs(frame: pd.DataFrame, form: str) -> str:
         rows.append([*cells, f"{row['peak_memory_bytes'] / 1e9:.2f} GB"])
     align = ("left", *["right"] * 5)
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
+
+
+def by_text(frame: pd.DataFrame, form: str) -> str:
+    """Figures that do not depend on how text is cut into tokens; "" if no run has them. `form` as in printed()."""
+    rows = [row for row in frame.to_dict("records") if row["test_bits_per_byte"] >= 0]
+    if not rows:
+        return ""
+    mark = " §" if _unknown(frame) > 0 else ""
+    headers = ["method", f"test bits per byte{mark}", f"validation{mark}", "test word perplexity", "validation"]
+    keys = [f"{split}_{key}" for key in TEXT_FIGURES[:2] for split in ("test", "val")]
+    cells = [[row["label"], *(_figure(row[key]) for key in keys)] for row in rows]
+    return tabulate(cells, headers, form, colalign=("left", *["right"] * 4), disable_numparse=True)
+
+
+def _unknown(frame: pd.DataFrame) -> float:
+    """The largest share of unknown words in the test tokens."""
+    return max(
+        (row["test_unknown_share"] for row in frame.to_dict("records") if row["test_unknown_share"] > 0), default=0
+    )
+
+
+def _figure(value: float) -> str:
+    """Four digits, however large."""
+    return "" if value != value else f"{value:.4g}"
 
 
 def _cells(row: dict) -> list[str]:
@@ -119,6 +147,15 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
     ]
+    if by_text(frame, "simple"):
+        lines.append(
+            "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
+        )
+    if (share := _unknown(frame)) > 0:
+        lines.append(
+            f"§ of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per byte and word"
+        )
+        lines.append("  perplexity can be compared with no other dictionary's")
     if frame["label"].str.endswith(LEAKS).any():
         lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
     compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")

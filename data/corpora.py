@@ -12,6 +12,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from heapq import nsmallest
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -84,7 +86,10 @@ class TextFiles:
     """The user's files, by a glob or several, in the order of their paths: plain or .jsonl, also .gz or .xz.
 
     A plain file is one document; with the regular expression `document_start`, one begins at each line it matches.
-    A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash.
+    A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash of
+    the text, so that a text which comes twice is in one split. validation_more, test_more: besides, so many titles of
+    the training files, those with the lowest hashes. A document's title is its first line that is not blank; documents
+    of one title stay together. Raises ValueError for what cannot be read or drawn.
     """
 
     files: str | Iterable[str]
@@ -94,21 +99,48 @@ class TextFiles:
     test_share: float
     document_start: str | None
     text_field: str
+    validation_more: int
+    test_more: int
 
     def __post_init__(self):
+        if min(self.validation_more, self.test_more) < 0:
+            named = f"validation_more={self.validation_more} and test_more={self.test_more}"
+            raise ValueError(f"data.corpus.{named} must not be negative")
         self.paths = split_paths(self.files, self.validation_files, self.test_files)
         self.shares = drawn_shares(self.paths, self.validation_share, self.test_share)
         self.starts = compiled(document_start=self.document_start)
 
     def digest(self) -> str:
-        return digest_of([self.shares, self.document_start, self.text_field, paths_digest(self.paths)])
+        more = [self.validation_more, self.test_more]
+        return digest_of([self.shares, more, self.document_start, self.text_field, paths_digest(self.paths)])
 
     def documents(self, split: str) -> Iterator[str]:
-        own_files = self.paths[split] if split != "train" else []
-        texts = (text for path in own_files or self.paths["train"] for text in self._read(path))
-        for index, text in enumerate(texts):
-            if own_files or draw_split(f"{index} {text[:64]}", self.shares) == split:
+        if split != "train":
+            for path in self.paths[split]:
+                yield from self._read(path)
+            if self.paths[split] and split not in self.drawn.values():
+                return
+        for text in self._training_files():
+            if (self.drawn.get(_title(text)) or draw_split(text, self.shares)) == split:
                 yield text
+
+    @cached_property
+    def drawn(self) -> dict[int, str]:
+        """Title's hash -> the held-out split that its documents of the training files go to."""
+        wanted, lowest = self.validation_more + self.test_more, set()
+        for text in self._training_files() if wanted else ():
+            if text and not text.isspace():
+                lowest.add(_title(text))
+            if len(lowest) > 2 * wanted + 1000:  # however long the corpus is
+                lowest = set(nsmallest(wanted, lowest))
+        if len(lowest) < wanted:
+            named = f"validation_more={self.validation_more} and test_more={self.test_more}"
+            raise ValueError(f"data.corpus.{named}: the training files have but {len(lowest)} titles")
+        splits = ["validation"] * self.validation_more + ["test"] * self.test_more
+        return dict(zip(sorted(lowest), splits))
+
+    def _training_files(self) -> Iterator[str]:
+        return (text for path in self.paths["train"] for text in self._read(path))
 
     def _read(self, path: Path) -> Iterator[str]:
         if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
@@ -199,6 +231,16 @@ def drawn_shares(paths: dict[str, list[Path]], validation: float, test: float) -
     return 0.0 if paths["validation"] else validation, 0.0 if paths["test"] else test
 
 
-def draw_split(name: str, shares: tuple[float, float]) -> str:
-    uniform = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+def _title(text: str) -> int:
+    """The hash of its first line that is not blank."""
+    return _hash(text.lstrip().partition("\n")[0].strip())
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def draw_split(text: str, shares: tuple[float, float]) -> str:
+    """The split that a text goes to, by its hash alone."""
+    uniform = _hash(text) / 2**64 if any(shares) else 1.0
     return "validation" if uniform < shares[0] else "test" if uniform < sum(shares) else "train"

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.corpora import Document, segments
-from data.encoding import encoded
+from data.encoding import Encoder, encoded
 from data.records import read_record, write_record
 from data.tokenizer import END
 
@@ -72,6 +72,7 @@ def _write_shards(
     folder: Path, split: str, documents: Iterable[Document], tokenizer: Tokenizer, read: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """The shards' records. Those that are whole stay, and their documents are passed over."""
+    encoder = Encoder(tokenizer)
     rest, shards = (document for document in documents if _visible(document)), []
     for number in count():
         record = folder / _name(split, number, "json")
@@ -79,7 +80,7 @@ def _write_shards(
             shard = read_record(record)
             next(islice(rest, shard["documents"] - 1, shard["documents"]), None)
         except (ValueError, OSError):
-            shard = _write_shard(record, _portion(rest, SHARD), tokenizer, read)
+            shard = _write_shard(record, _portion(rest, SHARD), encoder, read)
         if not shard["documents"]:
             return shards
         shards.append(shard)
@@ -87,12 +88,12 @@ def _write_shards(
 
 
 def _write_shard(
-    record: Path, documents: Iterator[Document], tokenizer: Tokenizer, read: Callable[[int], None]
+    record: Path, documents: Iterator[Document], encoder: Encoder, read: Callable[[int], None]
 ) -> dict[str, Any]:
-    paths, kind = [record.with_suffix(end) for end in (".tokens", ".counted")], _kind(tokenizer)
+    paths, kind = [record.with_suffix(end) for end in (".tokens", ".counted")], _kind(encoder.tokenizer)
     sums: dict[str, Any] = dict.fromkeys(SUMS, 0)
     with paths[0].open("wb") as tokens, paths[1].open("wb") as counted:
-        for part in encoded(documents, tokenizer):
+        for part in encoded(documents, encoder):
             tokens.write(part.ids.astype(kind).data)
             counted.write(part.counted.data)
             found = (part.ids == END).sum(), len(part.ids), part.counted.sum(), part.words, part.bytes

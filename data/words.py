@@ -1,16 +1,17 @@
 """A dictionary of whole words: what is not in it is the unknown word, and the text does not come back from it."""
 
-import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from data.dictionary_files import read_dictionary
 from data.records import digest_of
-from data.tokenizer import SPECIAL, cut
+from data.tokenizer import SPECIAL, cut, units
 
+REMEMBERED = 1 << 20  # units
 UNKNOWN, LINE_END = "<unk>", "\n"
 # The first ids. No word holds a blank, so text that spells the end's name is not the end.
 OWN = [*(f"{name} " for name in SPECIAL), UNKNOWN, LINE_END]
@@ -53,13 +54,28 @@ class Words:
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         pattern = Regex(WITH_MARKS if self.punctuation else APART)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
-        options = {"vocab_size": self.max_size or sys.maxsize, "min_frequency": self.min_count}
-        trainer = trainers.WordLevelTrainer(**options, special_tokens=[], show_progress=False)
-        tokenizer.train_from_iterator(chain.from_iterable(map(cut, texts)), trainer)
-        found = tokenizer.get_vocab()
-        if not found.keys() - set(OWN):
+        found = count_words(texts, tokenizer.pre_tokenizer)
+        frequent = sorted((word for word in found if found[word] >= self.min_count), key=lambda w: (-found[w], w))
+        if not set(frequent) - set(OWN):
             raise ValueError(f"tokenizer.min_count={self.min_count}: no word of the training split is that frequent")
-        ordered = dict.fromkeys([*OWN, *sorted(found, key=found.__getitem__)])  # each once, in this order
-        words = list(ordered)[: self.max_size]
+        words = list(dict.fromkeys([*OWN, *frequent]))[: self.max_size]
         tokenizer.model = models.WordLevel({word: place for place, word in enumerate(words)}, UNKNOWN)
         return tokenizer
+
+
+def count_words(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Counter[str]:
+    """How often each word stands in the texts."""
+    words, waiting = Counter(), Counter()  # units are counted first: each is parted into words but once
+
+    def part() -> None:
+        for unit, number in waiting.items():
+            for word, _ in pre_tokenizer.pre_tokenize_str(unit):
+                words[word] += number
+        waiting.clear()
+
+    for piece in chain.from_iterable(map(cut, texts)):
+        waiting.update(units(piece))
+        if len(waiting) > REMEMBERED:
+            part()
+    part()
+    return words

@@ -28,11 +28,12 @@ from routers.tables import Keys, balance_bound, random_table
 SPLITS = {"training": "train", "validation": "validation"}
 
 
-def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert: bool) -> str:
-    """name: of the arm; lookups: sparse layer -> its router. Routes the whole training and validation text."""
+def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert: bool, packing: str) -> str:
+    """name: of the arm; lookups: sparse layer -> its router; packing: as in Split. Routes the training and the
+    validation text, all of it."""
     parts, router = parts_of(lookups), next(iter(lookups.values()))
     length = router.site.sequence_length
-    seen = {text: route(parts, open_split(prepared, split, length, "stream")) for text, split in SPLITS.items()}
+    seen = {text: route(parts, open_split(prepared, split, length, packing)) for text, split in SPLITS.items()}
     texts = [f"{int(counted.tokens.sum()):,} {text} tokens" for text, counted in seen.items()]
     site, layers = router.site, ", ".join(map(str, lookups))
     which = f"table={router.name}" + (f" of {router.file}" if router.name == "file" else "")

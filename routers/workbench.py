@@ -67,7 +67,7 @@ def run(asked: argparse.Namespace) -> None:
     prepared, lookups = tables_of(settings, asked.layer, asked.command == "build")
     layer, lookup = next(iter(lookups.items()))
     if asked.command == "audit":
-        print(card(settings.arm, prepared, lookups, asked.all))
+        print(card(settings.arm, prepared, lookups, asked.all, settings.data.packing))
         return
     assert out is not None
     if asked.command == "build":

@@ -1,14 +1,16 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import compose_config
+from conftest import VOCAB, compose_config, make_transformer, shaken
 
 from data.batches import Split, TrainingBatches, evaluation_batches, make_batch
 from data.prepare import Prepared
-from data.randomness import mix, seed_of, uniform
+from data.randomness import generator, mix, seed_of, uniform
 from data.tokenizer import BEGIN, END
+from training.evaluation import evaluate, token_losses
 from training.job import open_run
 from training.preflight import read
 
@@ -41,6 +43,106 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path):
     assert batches[-1].tokens.real.sum() == 6
     documents = [d for b in batches for d in b.document[b.tokens.real].tolist()]
     assert documents == [sum(t == END for t in stream[:i]) for i in range(46)]
+
+
+def test_a_loss_belongs_to_the_document_of_its_target(tmp_path):
+    model = make_transformer()
+    stream = [5, 6, END, 7, 8, 9, END, 10, END]
+    split = Split(prepared_of(stream, tmp_path), "train", 4)
+    batch = next(evaluation_batches(split, 2))
+    assert batch.document.tolist() == [[0, 0, 0, 1], [1, 1, 1, 2]]
+    assert batch.target_document.tolist() == [[0, 0, 1, 1], [1, 1, 2, 2]]
+    sums = evaluate(model, partial(token_losses, model), split, 2, torch.ones(VOCAB, dtype=torch.int64))
+    assert sums["document_tokens"].tolist() == [2, 4, 2, 0]
+    ce = token_losses(model, batch, {})[0].detach().double()
+    by_document = [ce[batch.target_document == number].sum() for number in range(3)]
+    assert sums["document_ce_sum"][:3].tolist() == pytest.approx([float(value) for value in by_document], rel=1e-5)
+
+
+def test_packed_windows_hold_whole_documents_by_hand(tmp_path):
+    # documents of 3, 3, 2, 10 and 3 tokens in windows of 6: the third does not fit, the fourth goes on once
+    stream = [2, 3, END, 4, 5, END, 6, END, *range(10, 19), END, 7, 8, END]
+    split = Split(prepared_of(stream, tmp_path), "train", 5, "documents")
+    assert (split.starts.tolist(), split.stops.tolist()) == ([0, 6, 8, 13, 18], [6, 8, 14, 18, 21])
+    assert split.full == len(split) == 5
+    batch = next(evaluation_batches(split, 6))
+    assert batch.tokens.id.tolist()[1:] == [
+        [6, END, END, END, END],
+        [10, 11, 12, 13, 14],
+        [15, 16, 17, 18, END],  # the first is the last of the window before
+        [7, 8, END, END, END],
+        [END] * 5,
+    ]
+    assert batch.target[0].tolist() == [3, END, 4, 5, END]
+    assert batch.counted[0].tolist() == [True, True, False, True, True]
+    assert batch.tokens.real[:2].tolist() == [[True] * 5, [True] + [False] * 4]
+    assert not batch.tokens.real[5].any() and not batch.counted[5].any()
+
+
+def random_documents(seed: int, length: int, count: int = 60) -> list[int]:
+    """Documents of 2 to 3 * length tokens, each token but END told by its place."""
+    sizes = torch.randint(1, 3 * length, (count,), generator=generator(seed)).tolist()
+    stream: list[int] = []
+    for size in sizes:
+        stream += [*range(len(stream) + 2, len(stream) + 2 + size), END]
+    return stream
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_token_is_a_target_once_and_packing_keeps_documents_apart(tmp_path, packing, seed):
+    stream, length = random_documents(seed, 7), 7
+    split = Split(prepared_of(stream, tmp_path), "train", length, packing)
+    assert ((split.stops - split.starts) <= length + 1).all() and split.stops[-1] == len(stream)
+    batches = list(evaluation_batches(split, 4))
+    targets = [t for batch in batches for t in batch.target[batch.counted].tolist()]
+    firsts = {0, *(place + 1 for place, token in enumerate(stream) if token == END)}
+    left_out = firsts if packing == "documents" else {0}
+    assert targets == [token for place, token in enumerate(stream) if place not in left_out]
+    assert split.tokens_per_epoch == sum(
+        int(batch.tokens.real[row].sum()) for batch in batches for row in range(4) if batch.tokens.real[row].any()
+    ) - (0 if split.full == len(split) else (len(stream) - 1) % length)
+    if packing == "documents":
+        for batch in batches:
+            assert (batch.target_document == batch.document)[batch.counted].all()
+        whole = {stop - start for start, stop in zip(split.starts, split.stops)}
+        assert max(whole) == length + 1
+        ends = set((np.flatnonzero(np.array(stream) == END) + 1).tolist())
+        fits = [(a, b) for a, b in zip([0, *sorted(ends)], sorted(ends)) if b - a <= length + 1]
+        inside = [any(s <= a and b <= e for s, e in zip(split.starts, split.stops)) for a, b in fits]
+        assert all(inside)
+
+
+def test_packed_windows_are_each_seen_once_an_epoch_in_an_order_of_seed_and_step(tmp_path):
+    split = Split(prepared_of(random_documents(0, 6), tmp_path), "train", 6, "documents")
+    batches, size = TrainingBatches(split, 4, seed=1), split.full
+    firsts = torch.cat([batches.batch(step).tokens.id[:, 0] for step in range(size)]).tolist()  # four epochs
+    epochs = [sorted(firsts[size * i : size * (i + 1)]) for i in range(4)]
+    assert all(epoch == sorted(split.stream[split.starts].tolist()) for epoch in epochs)
+    later = TrainingBatches(split, 4, seed=1).batch(2 * size // 4 + 3)  # in the middle of the third epoch
+    assert torch.equal(later.target, batches.batch(2 * size // 4 + 3).target)
+
+
+def test_other_documents_of_a_window_do_not_move_what_counts(tmp_path):
+    model = shaken(make_transformer(mask_documents=True))
+    streams = [[5, 6, 7, END, 8, 9, END, 11, 12, END], [5, 6, 7, END, 10, 4, END, 11, 12, END]]
+    seen = []
+    for stream in streams:
+        batch = next(evaluation_batches(Split(prepared_of(stream, tmp_path), "train", 11, "documents"), 1))
+        with torch.no_grad():
+            seen.append((token_losses(model, batch, model.prepare(batch)[1])[0], batch.target_document))
+    (one, document), (other, _) = seen
+    changed = (one - other).abs().sum(0) > 0
+    assert changed.any() and (document[0][changed] == 1).all()
+
+
+def test_a_mask_takes_targets_out_and_leaves_the_tokens(tmp_path):
+    stream = [2, 3, 4, END, 5, 6, END]
+    counted = np.array([0, 0, 1, 1, 0, 1, 1], dtype=bool)
+    masked = prepared_of(stream, tmp_path)._replace(counted={"train": counted})
+    plain, batch = (next(evaluation_batches(Split(p, "train", 4), 2)) for p in (prepared_of(stream, tmp_path), masked))
+    assert batch.target[batch.counted].tolist() == [4, END, 6, END]
+    assert torch.equal(plain.tokens.id, batch.tokens.id) and torch.equal(plain.tokens.real, batch.tokens.real)
 
 
 def test_an_epoch_is_one_permutation_and_a_batch_depends_on_seed_and_step_alone(tmp_path):

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import lzma
 import shutil
@@ -13,6 +14,7 @@ from data.corpora import SPLITS, StandardLibrary, TextFiles
 def text_files(files, **options) -> TextFiles:
     defaults = dict.fromkeys(("validation_files", "test_files", "document_start"))
     shares = {"validation_share": 0.0, "test_share": 0.0, "text_field": "text"}
+    shares |= {"validation_more": 0, "test_more": 0}
     return TextFiles(files, **{**defaults, **shares, **options})
 
 
@@ -76,6 +78,62 @@ def test_shares_divide_the_documents_without_overlap(tmp_path):
     # Binomial: standard deviations 16 and 22, so these bounds are five of them wide.
     assert abs(len(splits["validation"]) - 300) < 80 and abs(len(splits["test"]) - 600) < 110
     assert splits == {split: list(corpus.documents(split)) for split in SPLITS}
+
+
+def test_a_text_that_comes_twice_is_in_one_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"document {n % 300}"}) for n in range(900)))
+    corpus = text_files(path, validation_share=0.2, test_share=0.2)
+    splits = [set(corpus.documents(split)) for split in SPLITS]
+    assert [len(split) > 20 for split in splits] == [True] * 3
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 300
+
+
+def articles(tmp_path, name: str, titles, body: str = "text") -> str:
+    return write(tmp_path / f"{name}.txt", "".join(f"= {title} =\n\n{body} of {title}\n\n" for title in titles))
+
+
+def test_held_out_splits_are_enlarged_by_titles_of_the_training_files(tmp_path):
+    train_files = articles(tmp_path, "train", [f"T{number}" for number in range(200)])
+    own = {f"{split}_files": articles(tmp_path, split, [f"{split} {n}" for n in range(3)]) for split in SPLITS[1:]}
+    options = {"document_start": "^= [^=]", **own}
+    plain = text_files(train_files, **options)
+    corpus = text_files(train_files, validation_more=7, test_more=5, **options)
+    splits = {split: list(corpus.documents(split)) for split in SPLITS}
+    assert {split: len(texts) for split, texts in splits.items()} == {"train": 188, "validation": 10, "test": 8}
+    everything = sum((list(plain.documents(split)) for split in SPLITS), [])
+    assert sorted(sum(splits.values(), [])) == sorted(everything) and len(set(everything)) == 206
+    for split in SPLITS[1:]:
+        assert splits[split][:3] == list(plain.documents(split))
+    # what is drawn depends on titles alone, not on texts, order or other splits' numbers
+    moved = articles(tmp_path, "moved", [f"T{number}" for number in reversed(range(200))], "another text")
+    again = text_files(moved, validation_more=7, test_more=0, **options)
+    assert {titled(t) for t in again.documents("validation")} == {titled(t) for t in splits["validation"]}
+    assert corpus.digest() != plain.digest() != again.digest()
+
+
+def titled(text: str) -> str:
+    return text.split("\n")[0]
+
+
+def test_documents_of_one_title_stay_together_and_blank_ones_have_none(tmp_path):
+    titles = [number // 4 for number in range(80)]
+    lines = [json.dumps({"text": f"\n title {title}\nversion {n}"}) for n, title in enumerate(titles)]
+    path = write(tmp_path / "a.jsonl", "\n".join([*lines, *[json.dumps({"text": " \n"})] * 9]))
+    corpus = text_files(path, validation_more=2, test_more=3)
+    splits = [[text.split("\n")[1] for text in corpus.documents(split) if text.strip()] for split in SPLITS]
+    assert [len(split) for split in splits] == [60, 8, 12]
+    assert sum(len(set(split)) for split in splits) == 20
+    with pytest.raises(ValueError, match="validation_more=15 and test_more=6: the training files have but 20 titles"):
+        list(text_files(path, validation_more=15, test_more=6).documents("train"))
+    with pytest.raises(ValueError, match="validation_more=-1 and test_more=0 must not be negative"):
+        text_files(path, validation_more=-1)
+
+
+def test_titles_are_drawn_in_bounded_memory_as_from_all(tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"title {n}"}) for n in range(3000)))
+    corpus = text_files(path, validation_more=2, test_more=1)
+    lowest = sorted(int.from_bytes(hashlib.sha256(f"title {n}".encode()).digest()[:8]) for n in range(3000))[:3]
+    assert corpus.drawn == dict(zip(lowest, ["validation", "validation", "test"]))
 
 
 def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
@@ -154,5 +212,5 @@ def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
         (tmp_path / f"part.{number}.txt").write_text(f"number {number}")
     held_out = tmp_path / "held"
     held_out.write_text("held out")
-    corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text")
+    corpus = TextFiles(f"{tmp_path}/part.*.txt", str(held_out), None, 0.0, 0.0, None, "text", 0, 0)
     assert list(corpus.documents("train")) == ["number 01", "number 1", "number 9", "number 10"]

@@ -17,7 +17,7 @@ import data.shards
 import data.tokenizer
 from data.corpora import SPLITS, TextFiles
 from data.prepare import Prepared, prepare
-from data.tokenizer import BEGIN, END, BytePairs, cut, decode, encode, load_tokenizer, train_tokenizer
+from data.tokenizer import BEGIN, END, BytePairs, Bytes, cut, decode, encode, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
@@ -55,7 +55,7 @@ def corpus(tmp_path) -> TextFiles:
 
 def open_corpus(folder: Path) -> TextFiles:
     train, validation, test = (str(folder / f"{split}.jsonl") for split in SPLITS)
-    return TextFiles(train, validation, test, 0.0, 0.0, None, "text")
+    return TextFiles(train, validation, test, 0.0, 0.0, None, "text", 0, 0)
 
 
 def write_documents(folder: Path, **splits: list[str]) -> TextFiles:
@@ -145,15 +145,14 @@ def test_the_tokenizer_sees_the_first_of_the_text_alone(monkeypatch):
 
 def tokenizer_of(ids: list[int], vocab_size: int):
     """One that gives every text these ids."""
-    encodings = [SimpleNamespace(ids=ids), SimpleNamespace(ids=[])]
+    encodings = [SimpleNamespace(ids=ids)]
     fake = {"get_vocab_size": lambda: vocab_size, "encode_batch_fast": lambda *_, **__: encodings, "model": None}
     return SimpleNamespace(**fake)
 
 
-@pytest.mark.parametrize("token", [-1, 300])
-def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path, token):
-    with pytest.raises(ValueError, match=rf"token ids must be in 0\.\.299; the tokenizer gives .*{token}"):
-        data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, token], 300), id)
+def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="token ids must be below 300; the tokenizer gives 300"):
+        data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, 300], 300), id)
     assert not (tmp_path / "train.npy").exists()
 
 
@@ -226,7 +225,7 @@ from data.tokenizer import BytePairs
 data.shards.SHARD, data.encoding.BATCH = 1500, 400
 folder = Path(sys.argv[1])
 names = ("train", "validation", "test")
-corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text")
+corpus = TextFiles(*(str(folder / f"{name}.jsonl") for name in names), 0.0, 0.0, None, "text", 0, 0)
 """
 
 PREPARE = f"""{OPEN_CORPUS}
@@ -237,8 +236,9 @@ print(data.prepare.prepare(corpus, BytePairs(300, None), folder / "cache").finge
 """
 
 
-def test_processes_that_prepare_at_once_share_one_result(corpus, tmp_path):
-    processes = [start(PREPARE, tmp_path) for _ in range(3)]
+@pytest.mark.parametrize("number", [3, pytest.param(8, marks=pytest.mark.long)])
+def test_processes_that_prepare_at_once_share_one_result(corpus, tmp_path, number):
+    processes = [start(PREPARE, tmp_path) for _ in range(number)]
     for process in processes:
         assert process.stdout and process.stdout.readline() == "ready\n"
     for process in processes:
@@ -246,7 +246,7 @@ def test_processes_that_prepare_at_once_share_one_result(corpus, tmp_path):
         process.stdin.write("go\n")
         process.stdin.flush()
     outputs = [process.communicate()[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 3
+    assert [process.returncode for process in processes] == [0] * number
     good = prepare(corpus, BytePairs(300, None), tmp_path / "alone")
     assert {lines[-1] for lines in outputs} == {good.fingerprint}
     assert sum("making a dictionary" in line for lines in outputs for line in lines) == 1
@@ -327,3 +327,51 @@ def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path):
 
     with pytest.raises(ValueError, match="changed while it was being prepared"):
         prepare(corpus, BytePairs(300, None), tmp_path / "cache", say)
+
+
+def test_files_of_nothing_or_of_one_line_are_no_corpus_of_three_splits(tmp_path):
+    for number, content in enumerate(["", "\n \n", "one line"]):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(content)
+        corpus = TextFiles(str(path), None, None, 0.1, 0.1, None, "text", 0, 0)
+        with pytest.raises(ValueError, match="the .* split of the corpus is empty") as error:
+            prepare(corpus, Bytes(), tmp_path / "cache")
+        assert "\n" not in str(error.value)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_one_line_for_each_split_is_a_corpus(tmp_path):
+    prepared = prepare(write_documents(tmp_path, train=["ab c"], validation=["a"], test=["b"]), Bytes(), tmp_path / "c")
+    assert prepared.tokens["train"].tolist() == [byte + 2 for byte in b"ab c"] + [END]
+
+
+def test_text_that_is_no_utf_8_leaves_nothing_behind(corpus, tmp_path):
+    (tmp_path / "test.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 2: damaged, or not UTF-8"):
+        prepare(open_corpus(tmp_path), Bytes(), tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+LONG_LINE = """
+import resource, sys
+from pathlib import Path
+from data.corpora import TextFiles
+from data.prepare import prepare
+from data.tokenizer import BytePairs
+folder = Path(sys.argv[1])
+size = int(sys.argv[2])
+for name, text in (("train", "ab " * (size // 3)), ("validation", "x" * size), ("test", "it")):
+    (folder / f"{name}.txt").write_text(text)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+corpus = TextFiles(*(str(folder / f"{name}.txt") for name in ("train", "validation", "test")), 0, 0, None, "text", 0, 0)
+prepared = prepare(corpus, BytePairs(259, None), folder / "cache", lambda _: None)
+assert prepared.splits["train"]["words"] == size // 3 and prepared.splits["validation"]["words"] == 1
+assert prepared.splits["validation"]["bytes"] == size
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("size", [600_000, pytest.param(10_000_000, marks=pytest.mark.long)])
+def test_a_line_of_ten_million_characters_is_text_like_any_other(tmp_path, size):
+    output, _ = start(LONG_LINE, tmp_path, str(size)).communicate()
+    assert int(output) < 1000  # MB more than before

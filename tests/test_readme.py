@@ -51,7 +51,7 @@ def test_the_tree_in_readme_is_true():
 def test_the_table_in_readme_is_the_committed_one():
     table = (ROOT / "results" / "smoke" / "quickstart" / "table.md").read_text()
     blocks = [block for block in table.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 2
+    assert len(blocks) in (2, 3)
     assert all(block.strip() in README for block in blocks)
 
 

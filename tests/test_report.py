@@ -101,6 +101,21 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     )
 
 
+def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs, results = Path("runs"), Path("results")
+    more = {f"{split}/{key}": 1.5 for split in ("val", "test") for key in ("bits_per_byte", "word_perplexity")}
+    for unknown, arms in ((0.0, ["dense"]), (0.0125, ["switch", "base"])):
+        given = more | {"val/unknown_share": unknown, "test/unknown_share": unknown, "test/word_perplexity": 1.23456e30}
+        write_sweep(runs, [write_run(runs, arm, 0, 5.3, **given) for arm in arms])
+        printed = report("quickstart", runs, results)
+        assert "test bits per byte" in printed and "1.235e+30" in printed
+        assert ("§ of the test tokens 1.25% are the unknown word" in printed) == (unknown > 0)
+        assert max(len(line) for line in printed.splitlines()) <= 120
+    frame = table_of(tmp_path)
+    assert frame.loc["switch", "test_bits_per_byte"] == 1.5 and frame.loc["base", "val_unknown_share"] == 0.0125
+
+
 def test_no_printed_line_is_wider_than_120_columns(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert max(len(line) for line in report("quickstart", Path("runs"), Path("results")).splitlines()) <= 120

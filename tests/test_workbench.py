@@ -177,7 +177,7 @@ def test_the_card_says_loads_and_bounds_of_each_text():
     train = torch.tensor([2] * 6 + [3, 3, 4, 5] + [0, 0, 2])
     validation = torch.tensor([4] * 9 + [2, 3, 5, 2])
     router = table_router(column(3, 3, 0, 1, 1, 2), sparse_layers=(1,))
-    said = card("mine", text(train, validation), {1: router}, True)
+    said = card("mine", text(train, validation), {1: router}, True, "stream")
     by_text = {row[1]: row for row in figures(said, "LOAD")}
     # training 6, 2, 1, 1, 2 of 12: p1 E = 2; the fullest has 6 of 12
     assert by_text["training"][2:] == ["50.00 % (#0)", "8.33 % (#2)", "0", "0.865", "2.00", "2.00"]
@@ -197,7 +197,10 @@ def test_the_card_shows_the_split_hash_below_what_no_token_table_can_beat():
     split = Split(corpus, "train", 12)
     tokens = split.windows(torch.arange(len(split)), torch.zeros(len(split)).long())
     site = make_site(token_counts=counts, training_text=lambda: [tokens], sparse_layers=(1,))
-    said = {name: card(name, corpus, {1: router_of(name, site)}, False) for name in ("hash_split", "hash_balanced")}
+    said = {
+        name: card(name, corpus, {1: router_of(name, site)}, False, "stream")
+        for name in ("hash_split", "hash_balanced")
+    }
     fullest, own, bound = map(float, figures(said["hash_split"], "LOAD")[0][-3:])
     assert own <= fullest < bound and bound == pytest.approx(2.05, abs=0.1)
     assert f"the fullest expert has {fullest:.2f} times the mean load, below {bound:.2f}" in said["hash_split"]
@@ -208,7 +211,7 @@ def test_the_card_shows_the_split_hash_below_what_no_token_table_can_beat():
 def test_two_layers_are_compared_and_one_table_for_all_has_everything_in_common():
     stream = torch.arange(2, 40).repeat(5)
     routers = {layer: router_of("hash_random", make_site(layer=layer)) for layer in (0, 1)}
-    said = card("two", text(stream), routers, False)
+    said = card("two", text(stream), routers, False, "stream")
     assert [row[0] for row in figures(said, "COLLISIONS ON TRAINING TEXT")] == ["0", "1"]
     assert [row[0] for row in figures(said, "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT")] == [
         "0 and 1",
@@ -216,7 +219,9 @@ def test_two_layers_are_compared_and_one_table_for_all_has_everything_in_common(
     ]
     routers[1].table.copy_(routers[0].table)
     assert (
-        figures(card("one", text(stream), routers, False), "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT")[0][2]
+        figures(
+            card("one", text(stream), routers, False, "stream"), "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT"
+        )[0][2]
         == "1.000"
     )
 
