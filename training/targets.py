@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -44,6 +45,8 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
         raise ValueError(f"{path}: {one_line(error)}") from error
     assert isinstance(options, dict)
     for key, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}: {key} must be finite; got {value}")
         if isinstance(value, dict) and "_target_" in value:
             inner, inner_options = target(value, skip)
             options[key] = functools.partial(inner, **inner_options)
