@@ -41,6 +41,8 @@ class Lookup(Router):
         for name, value, known in (("feature", feature, FEATURES), ("table", table, TABLES)):
             if value not in known:
                 raise ValueError(f"router.{name} must be one of {', '.join(known)}; got {value}")
+        if (file is None) == (table == "file"):
+            raise ValueError(f"router.file goes with router.table=file, and that with it; got {file} and {table}")
         if buckets < 1:
             raise ValueError(f"router.buckets must be at least 1; got {buckets}")
         if site.num_experts > site.vocab_size:
@@ -100,6 +102,8 @@ class Hash(Lookup):
         super().__init__(site, feature, table, per_layer, buckets, file)
         if num_hashes < 1:
             raise ValueError(f"router.num_hashes must be at least 1; got {num_hashes}")
+        if table == "modulo" and num_hashes > 1:
+            raise ValueError(f"router.table=modulo has no draw: router.num_hashes must be 1; got {num_hashes}")
         self.experts_per_token = self.segments = num_hashes
         drawn = table != "file"  # a file holds all N
         self.hold(torch.cat([self.draw(n, 1) for n in range(num_hashes)], 1) if drawn else self.draw(0, num_hashes))

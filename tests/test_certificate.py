@@ -241,6 +241,39 @@ class ForgetsThePenaltyOfSize(Balanced):
         return super().balancing(hidden, tokens)._replace(z_coef=0.01)
 
 
+class LossWithoutAGradient(Balanced):
+    def loss(self, p, tokens):
+        return super().loss(p.detach(), tokens)
+
+
+class HalfWeight(Sound):
+    def forward(self, hidden, tokens):
+        routing = super().forward(hidden, tokens)
+        return routing._replace(weight=routing.weight / 2)
+
+
+class TableBeside(Router):
+    """The same for every seed, and in no checkpoint."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        draws = torch.Generator().manual_seed(1)
+        self.table = torch.randint(site.num_experts, (site.vocab_size,), generator=draws)
+
+    def forward(self, hidden, tokens):
+        return one_each(self.table[tokens.id], tokens.real)
+
+
+class NaNAtEvenLoads(Sound):
+    """The root of how uneven the loads are has no gradient at 0."""
+
+    def loss(self, p, tokens):
+        choice = choices(p.argmax(-1, keepdim=True), tokens, self.site).to(p.dtype)
+        share = choice.sum(1) / choice.sum((1, 2)).clamp(min=1)[:, None]
+        uneven = (share - 1 / self.site.num_experts).square()
+        return (uneven * p.view(choice.shape).mean(1)).sum(-1).sqrt().mean()
+
+
 class PromisesABound(Router):
     """Half the experts stay empty."""
 
@@ -339,18 +372,25 @@ FAULTS = {
     "evaluation is pure": [Samples, SamplesByKey, ResetsTheGenerator, BiasMovesInEvaluation],
     "forward keeps state": [CountsInForward, CountsInPython, BiasMovesInEvaluation, Samples],
     "state of training counts": [IdleBias],
-    "survives a checkpoint": [TableOutside],
+    "survives a checkpoint": [TableOutside, TableBeside],
+    "one expert is a plain FFN": [HalfWeight],
     "every token accounted for": [CountsPadding, WeighsPadding, PaddingTakesRoom, Negative, ForgetsItsWeight],
     "training and evaluation alike": [NoisyInTraining, SaysItTrainsDifferently],
     "loads": [PromisesEvenLoads],
     "balanced table at its bound": [PromisesABound],
     "evens a drifting stream": [BiasTheWrongWay],
-    "balancing loss as published": [LossOverExperts, LossAfterDropping, LossOverPadding, ForgetsThePenaltyOfSize],
+    "balancing loss as published": [
+        LossOverExperts,
+        LossAfterDropping,
+        LossOverPadding,
+        ForgetsThePenaltyOfSize,
+        LossWithoutAGradient,
+    ],
     "equal to a loop, float64": [HasAnotherPlan],
     "working path, float32": [HasAnotherPlan],
     "the same at any accumulation": [LossOfTheMicroBatch],
     "learns where it should": [NeverLearns, LearnsByItsLossAlone],
-    "gradients stay finite": [NaNAtBalance],
+    "gradients stay finite": [NaNAtBalance, NaNAtEvenLoads],
     "ties to the lowest expert": [HighestOnTies],
     "scores in float32": [HalfScores],
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -43,6 +44,9 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
     assert isinstance(options, dict)
+    for key, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}: {key} must be finite; got {value}")
     return found, {str(key): _with_classes(value, skip) for key, value in options.items()}
 
 

@@ -91,6 +91,9 @@ def one_expert_is_dense(case: Case) -> Finding:
                 if plain is None:
                     return Finding(NOT_APPLICABLE, f"no loop is written for {type(ffn.experts).__name__}")
                 weight = gates(routing, len(everyone), ffn.router).sum(-1)  # (T, N)
+                served = weight[weight > 0]
+                if number == 1 and len(served) and served.std() < EXACT < abs(float(served.mean()) - 1):
+                    return Finding(FAILED, f"{how}: every weight is {float(served.mean()):.3g}, which is not learned")
                 parts = plain.unflatten(1, (ffn.experts.segments, -1)) * weight[..., None]
                 shared = 0 if ffn.shared is None else ffn.shared.dense(x)
                 furthest = max(furthest, distance(y.flatten(0, 1), parts.flatten(1) + shared))

@@ -111,12 +111,12 @@ def loss_as_published(case: Case) -> Finding:
         batch = model.prepare(case.batch(seed, padding=5 * seed))[0]
         for _, ffn in layers(model):
             hidden = case.hidden(seed, alike=seed % 2 * 1.0)
-            aux_loss = route(ffn, hidden, batch)[0].aux_loss
-            with torch.no_grad():
-                balancing = ffn.router.balancing(hidden, batch.tokens)
+            aux_loss, balancing = ffn.router(hidden, batch.tokens).aux_loss, ffn.router.balancing(hidden, batch.tokens)
             if balancing is None:
                 silent = max(silent, float(aux_loss.abs()))
                 continue
+            if balancing.coef > 0 and not aux_loss.requires_grad:
+                return Finding(FAILED, "no gradient flows through the loss")
             promised, expected = True, torch.tensor(by_the_formula(balancing, batch), dtype=aux_loss.dtype)
             furthest = max(furthest, distance(aux_loss, expected))
     if not promised:

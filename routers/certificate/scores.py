@@ -44,17 +44,26 @@ def learns_where_it_should(case: Case) -> Finding:
 
 
 def gradients_stay_finite(case: Case) -> Finding:
-    """In float32, at uniform (zero input; zero parameters), tied (equal rows) and saturated (times 1e4) scores."""
+    """In float32, at uniform (zero input; zero parameters), tied (equal rows) and saturated (times 1e4) scores, and
+    where a gate (E, D) gives all experts equal loads."""
     broken, largest = set(), 0.0
     for seed in range(TRIES):
         hidden = case.hidden(seed).float()
         tied = hidden[:1, :1].expand_as(hidden)
-        named = {"zero input": 0 * hidden, "equal rows": tied, "saturated": 1e4 * hidden, "zero parameters": hidden}
+        turns = torch.arange(hidden[..., 0].numel()).view(hidden.shape[:2]) % case.num_experts
+        even = torch.nn.functional.one_hot(turns, max(case.num_experts, hidden.shape[-1]))[..., : hidden.shape[-1]]
+        named = {"zero input": 0 * hidden, "equal rows": tied, "saturated": 1e4 * hidden}
+        named |= {"even loads": even.float(), "zero parameters": hidden}
         for training in (True, False):
             model = case.model(seed, training, dtype=torch.float32)
             batch = model.prepare(case.batch(seed, padding=seed))[0]
             for _, ffn in layers(model):
                 for name, x in named.items():
+                    if name == "even loads":
+                        with torch.no_grad():
+                            for parameter in ffn.router.parameters():
+                                if parameter.shape == (case.num_experts, hidden.shape[-1]):
+                                    torch.nn.init.eye_(parameter)
                     if name == "zero parameters":  # the last
                         with torch.no_grad():
                             for parameter in ffn.router.parameters():

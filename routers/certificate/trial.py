@@ -159,12 +159,13 @@ class Case:
         model = Transformer(settings, *sizes, make_router, make_experts, **more)
         return model if small else shaken(model, seed)
 
-    def batch(self, seed: object, rows: int = 2 * GROUP, padding: int = 0, keys: int = 0) -> Batch:
+    def batch(self, seed: object, rows: int = 2 * GROUP, padding: int = 0, keys: int = 0, same: float = 0.0) -> Batch:
         """Random windows with short documents; the text ends with some padding, and if it is less than a row, so does
-        the first row. keys: another source of noise."""
+        the first row. keys: another source of noise. same: the share of tokens that are one and the same."""
         window, draws = torch.empty(rows, LENGTH + 1).long(), generator("certificate", seed)
         window.random_(BEGIN + 1, self.vocab_size, generator=draws)
         window[torch.rand(window.shape, generator=draws) < 0.1] = END
+        window[torch.rand(window.shape, generator=draws) < same] = self.vocab_size - 1
         real = torch.ones(rows, LENGTH, dtype=torch.bool)
         if padding:
             real.view(-1)[-padding:] = False
