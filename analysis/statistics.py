@@ -37,7 +37,9 @@ def paired_difference(values: pd.Series, reference: pd.Series) -> Difference:
     """
     for series in (values, reference):
         if not series.index.is_unique:
-            raise ValueError(f"seed {series.index[series.index.duplicated()][0]} occurs twice in one arm")
+            raise ValueError(
+                f"seed {series.index[series.index.duplicated()][0]} occurs twice in one arm; arm=NAME names a variant"
+            )
     differences = (values - reference).loc[values.index.intersection(reference.index)]
     n, (mean, deviation) = len(differences), mean_and_deviation(differences)
     reach = stdtrit(n - 1, 0.975) * deviation / n**0.5 if n > 1 else np.nan

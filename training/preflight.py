@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.build import make_dictionary, make_router
+from training.compose import ROOT
 from training.settings import Settings
 from training.start import check_start, find_run
 from training.targets import PACKAGES, check_targets, one_line, target
@@ -68,7 +69,8 @@ def _check_encoder(settings: Settings) -> None:
 def _find_baseline(settings: Settings) -> None:
     """router.baseline, a folder or a glob, becomes the run that it names."""
     pattern = settings.router["baseline"]
-    made_by = Path(pattern).name.partition("-")[0].strip("*") or "NAME"
+    arm = Path(pattern).name.partition("-s")[0]  # of a run folder's name; else of a dense run, which most ask for
+    made_by = arm if (ROOT / "conf" / "router" / f"{arm}.yaml").exists() else "dense"
     remedy = (
         f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
     )

@@ -23,6 +23,8 @@ def find_run(key: str, pattern: str, remedy: str) -> Path:
     """The one finished run with weights that the folder or glob names. ValueError if there is none, or are several."""
     found = [Path(folder) for folder in glob.glob(absolute(pattern))]
     kept = [run for run in found if is_finished(run) and has_weights(run)]
+    if len(kept) > 1:
+        remedy = "it fits several: name one"
     if len(kept) != 1:
         names = ", ".join(sorted(run.name for run in kept)) or "none"
         raise ValueError(f"{key}={pattern} must name one finished run that kept its weights; {remedy}; found {names}")

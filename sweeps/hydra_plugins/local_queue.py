@@ -90,4 +90,6 @@ def record(settings: Settings, jobs: list[Job]) -> None:
     content |= {"runs": runs, "started_from": sorted(first)}
     path = jobs[0].folder.parent / "sweeps" / f"{content['sweep']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and set(json.loads(path.read_text())["runs"]) != set(runs):
+        print(f"{path} listed other runs and is written over; sweep=NAME gives this sweep a name of its own")
     write_atomically(path, json.dumps(content, indent=1))
