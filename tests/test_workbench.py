@@ -44,7 +44,7 @@ def table_router(table, **site) -> Hash:
     """A hash with this table (V, N) over tokens."""
     table = torch.as_tensor(table)
     site |= {"vocab_size": len(table), "token_counts": torch.ones(len(table)).long()}
-    router = Hash(make_site(**site), "token", "modulo", table.shape[1], True, 1, None)
+    router = Hash(make_site(**site), "token", "random", table.shape[1], True, 1, None)
     router.table.copy_(table)
     return router
 

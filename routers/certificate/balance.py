@@ -113,7 +113,7 @@ def loss_as_published(case: Case) -> Finding:
             hidden = case.hidden(seed, alike=seed % 2 * 1.0)
             aux_loss, balancing = ffn.router(hidden, batch.tokens).aux_loss, ffn.router.balancing(hidden, batch.tokens)
             if balancing is None:
-                silent = max(silent, float(aux_loss.abs()))
+                silent = max(silent, float(aux_loss.detach().abs()))
                 continue
             if balancing.coef > 0 and not aux_loss.requires_grad:
                 return Finding(FAILED, "no gradient flows through the loss")
