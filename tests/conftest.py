@@ -122,8 +122,7 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def compose_config(*overrides: str) -> DictConfig:
     """What run.py would get from these words on the command line."""
     with warnings.catch_warnings(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        words = ["hydra.searchpath=[file://" + str(ROOT) + "]", *overrides]
-        config = compose("config", words, return_hydra_config=True)
+        config = compose("config", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(config)
     with open_dict(config):
         config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep

@@ -171,7 +171,7 @@ def compose_params(sweep: str) -> dict:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", [f"hydra.searchpath=[file://{ROOT}]", f"sweeps={sweep}"], return_hydra_config=True)
+        config = compose("config", [f"sweeps={sweep}"], return_hydra_config=True)
     return dict(config.hydra.sweeper.params)
 
 
