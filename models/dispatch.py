@@ -4,30 +4,69 @@ T tokens, A assignments, E experts, G groups of rows, D width
 """
 
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, grouped_mm
 
 from models.experts import ExpertLayer, with_bias
+from models.fused import Fused
 from routers.routing import Plan, Routing, make_plan
 
-PATHS = ("auto", "grouped_mm", "loop")
+PATHS = ("auto", "fused", "grouped_mm", "loop")
 
 
 def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which path runs: grouped_mm in bf16 on a Hopper GPU or newer and in float32 on a CPU, else the loop.
+    """Which path runs; auto takes the fastest that can. fused: in bf16 on a Hopper GPU or newer, with Triton;
+    grouped_mm: there, and in float32 on a CPU; loop: everywhere.
 
-    wanted: auto, grouped_mm or loop; dtype: what the experts compute in. Raises ValueError for grouped_mm where it
-    would silently be a slow loop or does not exist.
+    dtype: what the experts compute in. Raises ValueError for a path that does not exist there, or silently is slow.
     """
     good = dtype == torch.float32
     if device.type == "cuda":
         good = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    if wanted == "grouped_mm" and not good:
-        rule = "needs bf16 on a Hopper GPU or float32 on a CPU"
-        raise ValueError(f"model.dispatch=grouped_mm {rule}; got {dtype} on {device}")
-    return ("grouped_mm" if good else "loop") if wanted == "auto" else wanted
+    fused = good and device.type == "cuda" and find_spec("triton") is not None
+    rules = {"fused": (fused, "bf16 on a Hopper GPU, and Triton")}
+    rules["grouped_mm"] = good, "bf16 on a Hopper GPU or float32 on a CPU"
+    if wanted == "auto":
+        return next((path for path, (can, _) in rules.items() if can), "loop")
+    can, rule = rules.get(wanted, (True, ""))
+    if not can:
+        raise ValueError(f"model.dispatch={wanted} needs {rule}; got {dtype} on {device}")
+    return wanted
+
+
+class _InOrder(torch.autograd.Function):
+    """Rows of x (T, D) in the plan's order, each as often as its token has assignments (N); back, their sum.
+
+    index_select would add it up row by row, on a GPU atomically; this reads it in one pass, with the same bits always.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor, fan_out: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.fan_out = fan_out
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dy.index_select(0, ctx.saved_tensors[0])
+        return dx if ctx.fan_out == 1 else dx.unflatten(0, (-1, ctx.fan_out)).sum(1), None, None, None
+
+
+class _BackInPlace(torch.autograd.Function):
+    """Rows y (A, D) of the plan's order, in the order of assignments."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: ExpertLayer, path: str) -> Tensor:
@@ -43,15 +82,19 @@ def dispatch(x: Tensor, routing: Routing, plan: Plan | None, experts: ExpertLaye
 
     def exchange(inner: Tensor) -> Tensor:
         """Each row gets the segments of all its token's rows."""
-        whole = inner.index_select(0, plan.inverse).view(-1, segments * inner.shape[-1])
-        return whole.index_select(0, rows)
+        whole = _BackInPlace.apply(inner, plan.order, plan.inverse).view(-1, segments * inner.shape[-1])
+        return _InOrder.apply(whole, rows, plan.inverse, segments)
 
-    product = partial(grouped if path == "grouped_mm" else looped, offsets=plan.offsets)
-    y = experts(x.index_select(0, rows), product, exchange if segments > 1 else None)  # in order of expert
+    if path == "fused":
+        product = Fused(plan.offsets, len(rows))
+    else:
+        product = partial(grouped if path == "grouped_mm" else looped, offsets=plan.offsets)
+    x_rows = x.index_select(0, rows) if fan_out is None else _InOrder.apply(x, rows, plan.inverse, fan_out)
+    y = experts(x_rows, product, exchange if segments > 1 else None)  # in order of expert
     y = (y * routing.weight.index_select(0, plan.order)[:, None]).to(y.dtype)
     if fan_out is None:
         return torch.zeros_like(x, dtype=y.dtype).index_add(0, rows, y)
-    y = y.index_select(0, plan.inverse).view(-1, fan_out, y.shape[-1])  # a token's assignments next to each other
+    y = _BackInPlace.apply(y, plan.order, plan.inverse).view(-1, fan_out, y.shape[-1])  # a token's next to each other
     return y.flatten(1) if fan_out == segments else y.sum(1)
 
 

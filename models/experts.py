@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.fused import Fused
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
 # (A, K) rows, (groups, K, N) weights, (groups, N) biases or None -> (A, N), each row by its group's
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -62,7 +64,13 @@ class Experts(ExpertLayer):
         self.b_gate = nn.Parameter(torch.zeros(num_experts, d_ff)) if gated else None
 
     def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
-        return product(self.inner(x, self.w_in, self.w_gate, product), self.w_out, self.b_out)
+        return self.ffn(x, self.w_in, self.w_gate, product)
+
+    def ffn(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, product: Product) -> Tensor:
+        """Both products, in one pass where the path can."""
+        if isinstance(product, Fused) and self.activation is F.relu and w_gate is None and self.b_in is None:
+            return product.relu_ffn(x, w_in, self.w_out)
+        return product(self.inner(x, w_in, w_gate, product), self.w_out, self.b_out)
 
     def inner(self, x: Tensor, w_in: Tensor, w_gate: Tensor | None, product: Product) -> Tensor:
         """The hidden values, (A, F); of experts in segments, (A, F / N)."""
@@ -137,5 +145,4 @@ class Sublayer(Experts):
     def forward(self, x: Tensor, product: Product, exchange: Exchange | None = None) -> Tensor:
         gain = self.gain[:, :, None]  # onto the matrices that read the normed rows: rows know no expert here
         w_gate = None if self.w_gate is None else gain * self.w_gate
-        inner = self.inner(F.layer_norm(x, x.shape[-1:]), gain * self.w_in, w_gate, product)
-        return product(inner, self.w_out, self.b_out)
+        return self.ffn(F.layer_norm(x, x.shape[-1:]), gain * self.w_in, w_gate, product)
