@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batches import Batch, TrainingBatches
 from data.mixed_batches import MixedBatches
 from models.transformer import Transformer
-from routers.routing import Plan, Routing, joined, load_metrics, load_of
+from routers.routing import Plan, Router, Routing, joined, load_metrics, load_of
 from training.evaluation import Compute
 from training.optimizer import learning_rate, step
 from training.settings import Settings
@@ -61,6 +61,9 @@ class Trainer:
     checkpoint: Callable[[], None]
     stop: Sequence[int]  # filled by stop_requests
 
+    def __post_init__(self) -> None:
+        self.aside = torch.cuda.Stream() if self.device.type == "cuda" else None
+
     def train(self) -> None:
         """Train to the last step, or until validations no longer improve.
 
@@ -69,31 +72,31 @@ class Trainer:
         options, record, progress = self.settings.train, self.settings.record, self.progress
         periods = record.log_every, record.evaluate_every, record.checkpoint_every
         clipped = torch.tensor(progress.clipped, device=self.device)
-        finite_before = torch.tensor(True, device=self.device)
+        alive = torch.tensor(True, device=self.device)  # all has been finite so far; if not, nothing moves any more
+        died = torch.zeros((), dtype=torch.int64, device=self.device)  # the first step that was not
         clock, clock_step = time.perf_counter(), progress.step
         with ThreadPoolExecutor(1) as ahead:
             if progress.step == 0:
                 self.evaluate()
             upcoming = ahead.submit(self.micro_batches, progress.step)
             while not self.ended():
-                micros = upcoming.result()
+                micros = self.taken(upcoming.result())
                 upcoming = ahead.submit(self.micro_batches, progress.step + 1)
                 ce, routings, real = self.forward_backward(micros)
                 lr = learning_rate(progress.step, options)
-                norm, finite = step(self.optimizer, lr, ce, options.grad_clip)
+                norm, finite = step(self.optimizer, lr, ce, options.grad_clip, alive)
                 clipped += norm > (options.grad_clip or float("inf"))
                 progress.step += 1
                 self.after_step(routings)
-                if not finite_before:  # of the step before, which the device has long finished
-                    raise Diverged(progress.step - 1)
-                finite_before = finite
+                died = torch.where(alive & ~finite, progress.step, died)
+                alive = alive & finite
 
                 last = progress.step == options.steps
                 log, evaluate, checkpoint = (last or (n > 0 and progress.step % n == 0) for n in periods)
                 if not (log or evaluate or checkpoint or self.stop):
                     continue
-                if not finite:
-                    raise Diverged(progress.step)
+                if not alive:  # the host waits for the device here alone
+                    raise Diverged(int(died))
                 seconds = time.perf_counter() - clock
                 progress.seconds += seconds
                 progress.clipped = int(clipped)
@@ -119,15 +122,31 @@ class Trainer:
         """Tells the routers their loads, unless they are frozen."""
         if self.settings.train.update == "all_but_sparse":
             return
+        share = self.progress.step / self.settings.train.steps
         for layer, router in self.model.routers.items():
-            load, share = (
-                load_of(routings[layer], self.model.num_experts),
-                self.progress.step / self.settings.train.steps,
-            )
-            router.after_step(load, share)
+            if type(router).after_step is not Router.after_step:  # else nobody asks for the load
+                router.after_step(load_of(routings[layer], self.model.num_experts), share)
 
     def micro_batches(self, step: int) -> list[Micro]:
-        """The step's batch in micro-batches with their plans, made ahead in a thread of its own."""
+        """The step's batch in micro-batches with their plans, made ahead in a thread and on a stream of their own."""
+        if self.aside is None:
+            return self._micro_batches(step)
+        with torch.cuda.stream(self.aside):
+            micros = self._micro_batches(step)
+        self.aside.synchronize()  # of this thread alone
+        return micros
+
+    def taken(self, micros: list[Micro]) -> list[Micro]:
+        """Micro-batches that the training stream now uses: their memory is free when that has passed."""
+        if self.aside is not None:
+            stream = torch.cuda.current_stream()
+            for batch, plans in micros:
+                batch.apply(lambda tensor: tensor.record_stream(stream) or tensor)
+                for tensor in (tensor for plan in plans.values() for tensor in plan):
+                    tensor.record_stream(stream)
+        return micros
+
+    def _micro_batches(self, step: int) -> list[Micro]:
         batch, size = self.batches.batch(step), self.settings.train.micro_batch or self.settings.train.batch_size
         firsts = range(0, len(batch.target), size)
         parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]

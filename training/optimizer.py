@@ -1,6 +1,8 @@
 """AdamW, its learning rate, and a step that no loss or gradient that is not finite can take."""
 
 import math
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +49,50 @@ def learning_rate(step: int, train: TrainSettings) -> float:
     return train.lr * (train.min_lr_share + (1 - train.min_lr_share) * share)
 
 
-def step(optimizer: torch.optim.AdamW, lr: float, loss: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
+def step(
+    optimizer: torch.optim.AdamW, lr: float, loss: Tensor, grad_clip: float, alive: Tensor | bool = True
+) -> tuple[Tensor, Tensor]:
     """Clip and update, on the device alone. Returns the gradient norm before clipping and whether all was finite.
 
-    The fused kernel takes the flag (found_inf, as a gradient scaler gives it) and leaves weights and state as they
-    are if it is set, so that the host need not wait for it. grad_clip 0 clips nothing.
+    The kernels take a flag (found_inf, as a gradient scaler gives it) and leave weights and state as they are if it is
+    set, so that the host need not wait for it: if something is not finite, or alive () says that something was before.
+    grad_clip 0 clips nothing.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if grad_clip > 0:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in moving])
     finite = torch.isfinite(norm) & torch.isfinite(loss)
+    large = [(p, group) for group in optimizer.param_groups for p in group["params"] if _in_one_pass(p)]
+    if grad_clip > 0:
+        others = [p for p in moving if not any(p is each for each, _ in large)]
+        torch.nn.utils.clip_grads_with_norm_(others, grad_clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+    skip = (~(finite & alive)).float()
+    scale = (grad_clip / (norm + 1e-6)).clamp(max=1) if grad_clip > 0 else torch.ones_like(norm)
+    for parameter, group in large:
+        _update_large(optimizer, parameter, group, scale, skip)
+    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def _in_one_pass(parameter: Tensor) -> bool:
+    """Whether our kernel updates it: experts' matrices on a GPU, where memory's speed decides."""
+    large = parameter.is_cuda and parameter.grad is not None and parameter.numel() >= 1 << 24
+    return large and find_spec("triton") is not None
+
+
+def _update_large(
+    optimizer: torch.optim.AdamW, parameter: Tensor, group: dict[str, Any], scale: Tensor, skip: Tensor
+) -> None:
+    """As optimizer.step would, with clipping in the same pass; takes the gradient away."""
+    from training.adamw_kernel import update  # needs Triton, which comes with torch for GPUs alone
+
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1 - skip
+    update(parameter, state, group, scale, skip)
+    parameter.grad = None
