@@ -43,11 +43,11 @@ def rows_by_group(
 
 
 @custom_op("switchyard::products_of_groups", mutates_args=(), device_types="cuda")
-def products_of_groups(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """a^T b over each group's rows: a (A, M), b (A, N) -> (G, M, N) in float32, 0 for a group without rows."""
+def products_of_groups(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """a^T b over each group's rows: a (A, M), b (A, N) -> (G, M, N) in this type, 0 for a group without rows."""
     from models import grouped_kernels
 
-    return grouped_kernels.products_of_groups(a, b, offsets)
+    return grouped_kernels.products_of_groups(a, b, offsets, dtype)
 
 
 @map_tiles.register_kernel("cpu")
@@ -66,9 +66,9 @@ def _(
 
 
 @products_of_groups.register_kernel("cpu")
-def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def _(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     parts = zip(_split(a, offsets), _split(b, offsets))
-    return torch.stack([left.T.float() @ right.float() for left, right in parts])
+    return torch.stack([left.T.float() @ right.float() for left, right in parts]).to(dtype)
 
 
 @map_tiles.register_fake
@@ -84,8 +84,8 @@ def _(
 
 
 @products_of_groups.register_fake
-def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    return a.new_empty(len(offsets), a.shape[1], b.shape[1], dtype=torch.float32)
+def _(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(len(offsets), a.shape[1], b.shape[1], dtype=dtype)
 
 
 def _split(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ class _Product(torch.autograd.Function):
         x, weight, offsets, tiles = ctx.saved_tensors
         dy = dy.contiguous()
         dx = rows_by_group(dy, weight, offsets, tiles, True, False, None) if ctx.needs_input_grad[0] else None
-        dw = products_of_groups(x, dy, offsets).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        dw = products_of_groups(x, dy, offsets, ctx.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None
 
 
@@ -149,7 +149,7 @@ class _ReluFFN(torch.autograd.Function):
         x, hidden, w_in, w_out, offsets, tiles = ctx.saved_tensors
         dy = dy.contiguous()
         inner, learns = rows_by_group(dy, w_out, offsets, tiles, True, False, hidden), ctx.needs_input_grad
-        dw_out = products_of_groups(hidden, dy, offsets).to(ctx.dtype) if learns[2] else None
-        dw_in = products_of_groups(x, inner, offsets).to(ctx.dtype) if learns[1] else None
+        dw_out = products_of_groups(hidden, dy, offsets, ctx.dtype) if learns[2] else None
+        dw_in = products_of_groups(x, inner, offsets, ctx.dtype) if learns[1] else None
         dx = rows_by_group(inner, w_in, offsets, tiles, True, False, None) if learns[0] else None
         return dx, dw_in, dw_out, None, None

@@ -74,7 +74,7 @@ def _products_of_groups(a, b, out, offsets, M, N, BM: tl.constexpr, BN: tl.const
         total = tl.dot(left.T, right, total)
     r, c = m + tl.arange(0, BM), n + tl.arange(0, BN)
     place = out + (group.to(tl.int64) * M + r[:, None]) * N + c[None, :]
-    tl.store(place, total, mask=(r < M)[:, None] & (c < N)[None, :])
+    tl.store(place, total.to(out.dtype.element_ty), mask=(r < M)[:, None] & (c < N)[None, :])
 
 
 def map_tiles(offsets: Tensor, num_rows: int) -> Tensor:
@@ -105,10 +105,10 @@ def rows_by_group(
     return y
 
 
-def products_of_groups(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def products_of_groups(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """See models.fused. Blocks of 128 x 128 x 32: the best of 16 on an H200."""
     m, n, groups = a.shape[1], b.shape[1], len(offsets)
-    out = torch.empty(groups, m, n, dtype=torch.float32, device=a.device)
+    out = torch.empty(groups, m, n, dtype=dtype, device=a.device)
     bm, bn, bk = 128, 128, 32
     left, right = TensorDescriptor.from_tensor(a, [bk, bm]), TensorDescriptor.from_tensor(b, [bk, bn])
     grid = (groups * triton.cdiv(m, bm) * triton.cdiv(n, bn),)

@@ -41,7 +41,7 @@ def test_the_operators_are_products_of_each_groups_rows(device, k, n):
     assert close(rows_by_group(x, weight, offsets, tiles, False, True, None), right.relu())
     assert close(rows_by_group(x, weight, offsets, tiles, False, False, hidden), right * (hidden > 0))
     outer = torch.stack([a.T @ b for a, b in zip(x.float().split(SIZES), hidden.float().split(SIZES))])
-    seen = products_of_groups(x, hidden, offsets)
+    seen = products_of_groups(x, hidden, offsets, torch.float32)
     assert close(seen, outer) and seen.dtype == torch.float32 and not seen[1].any()
 
 
