@@ -5,7 +5,11 @@ from torch import Tensor, nn
 
 from data.batches import Tokens
 from routers.assignment import balanced_assignment
+from routers.fast_assignment import fast_assignment
 from routers.routing import Router, Routing, Site, at_least_float32, one_each
+
+SOLVERS = ("auto", "exact", "fast")
+EXACT_UP_TO = 2048  # tokens a routing group: auto is exact up to there
 
 
 class BalancedAssignment(Router):
@@ -21,8 +25,11 @@ class BalancedAssignment(Router):
     even_loads = True
     leaks = frozenset({"future in training", "mates in training"})
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, solver: str):
         super().__init__(site)
+        if solver not in SOLVERS:
+            raise ValueError(f"router.solver must be one of {', '.join(SOLVERS)}; got {solver}")
+        self.solver = solver
         self.centroids = nn.Parameter(torch.empty(site.num_experts, site.d_model))
         with torch.no_grad():
             nn.init.orthogonal_(self.centroids, gain=0.1, generator=site.generator("centroids"))
@@ -34,7 +41,10 @@ class BalancedAssignment(Router):
             scores = hidden @ self.centroids.to(hidden.dtype).T  # (B, S, E)
         report = {}
         if self.training:
-            expert, report["assignment_gap"] = assign_groups(scores.detach(), tokens.real, self.site.routing_group)
+            group = self.site.routing_group
+            exact = self.solver == "exact" or (self.solver == "auto" and group * scores.shape[1] <= EXACT_UP_TO)
+            expert, report["assignment_gap"] = assign_groups(scores.detach(), tokens.real, group, exact)
+            report["assignment_exact"] = torch.full_like(report["assignment_gap"], exact)
         else:
             expert = scores.argmax(-1)
         weight = scores.gather(-1, expert[..., None]).squeeze(-1).sigmoid()
@@ -42,11 +52,16 @@ class BalancedAssignment(Router):
 
 
 @torch.library.custom_op("switchyard::assign_groups", mutates_args=())  # one opaque node for the compiler
-def assign_groups(scores: Tensor, real: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def assign_groups(scores: Tensor, real: Tensor, group: int, exact: bool) -> tuple[Tensor, Tensor]:
     """Assign the real tokens of every `group` sequences on their own. scores (B, S, E), real (B, S).
 
-    Returns experts (B, S) int64, 0 on padding, and the largest certified gap of the groups.
+    Returns experts (B, S) int64, 0 on padding, and the largest certified gap of the groups, float32.
     """
+    if not exact:
+        with torch.autocast(scores.device.type, enabled=False):
+            groups = real.view(-1, group * real.shape[1])  # (G, N)
+            expert, gaps = fast_assignment(scores.view(*groups.shape, -1), groups)
+        return expert.view(real.shape), gaps.amax().float()
     expert = torch.zeros(real.shape, dtype=torch.int64, device=scores.device)
     gaps = [0.0]
     for first in range(0, len(real), group):
@@ -58,5 +73,5 @@ def assign_groups(scores: Tensor, real: Tensor, group: int) -> tuple[Tensor, Ten
 
 
 @assign_groups.register_fake
-def _(scores: Tensor, real: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, real: Tensor, group: int, exact: bool) -> tuple[Tensor, Tensor]:
     return real.new_empty(real.shape, dtype=torch.int64), scores.new_empty((), dtype=torch.float32)

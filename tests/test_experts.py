@@ -66,7 +66,7 @@ def gated_hash(layer=1, k=2):
 
 
 def base(layer=1, **site):
-    return BalancedAssignment(make_site(layer=layer, **site))
+    return BalancedAssignment(make_site(layer=layer, **site), "auto")
 
 
 STACK = {"kind": StackedExperts, "options": {"sublayers": 2}, "placement": "insert"}
@@ -428,6 +428,6 @@ def test_the_yamls_compose_to_what_they_say():
     for config in (inserted, floor):
         assert config.experts["_target_"] == "models.experts.StackedExperts"
         assert config.model.placement == "insert"
-    assert inserted.router == {"_target_": "routers.base_layers.BalancedAssignment"}
+    assert inserted.router == {"_target_": "routers.base_layers.BalancedAssignment", "solver": "auto"}
     assert floor.router == {"_target_": None}
     assert compose_config("router=hash_multi", "router.num_hashes=8").experts.segments == 8

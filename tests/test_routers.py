@@ -264,7 +264,7 @@ def test_the_z_loss_is_the_mean_of_logsumexp_squared_over_real_tokens():
 
 
 def test_base_is_balanced_over_each_group_in_training_and_greedy_in_evaluation():
-    router = shaken(BalancedAssignment(make_site()))
+    router = shaken(BalancedAssignment(make_site(), "auto"))
     batch = some_batch(padding=3)  # groups of 24 and 21 real tokens
     hidden = hidden_of(batch)
     scores = hidden @ router.centroids.T
@@ -281,12 +281,12 @@ def test_base_is_balanced_over_each_group_in_training_and_greedy_in_evaluation()
 
 
 def test_bases_centroids_start_orthogonal_with_gain_a_tenth():
-    centroids = BalancedAssignment(make_site()).centroids.detach()
+    centroids = BalancedAssignment(make_site(), "auto").centroids.detach()
     torch.testing.assert_close(centroids @ centroids.T, 0.01 * torch.eye(EXPERTS), atol=1e-6, rtol=0)
 
 
 def test_bases_scores_learn_through_the_weight_alone():
-    router = shaken(BalancedAssignment(make_site()))
+    router = shaken(BalancedAssignment(make_site(), "auto"))
     batch = some_batch()
     hidden = hidden_of(batch).requires_grad_()
     routing = router(hidden, batch.tokens)

@@ -1,0 +1,70 @@
+"""Prices at which soft demand is even: Newton's method on the entropic dual of the balanced assignment.
+
+The dual at temperature t, sum_i t logsumexp((s_i - p) / t) + sum_j c_j p_j, is smooth; its gradient is capacity less
+demand, c - load, its Hessian the Laplacian (diag(load) - P'P) / t of experts that compete for the same tokens
+(Sinkhorn's problem: Cuturi, arXiv 1306.0895; Newton's method for it: Brauer, Clason, Lorenz, Wirth, arXiv 1710.06635).
+Demand is followed while t falls: each step corrects demand and foresees what the next temperature changes, to first
+order, so that a step an octave is enough even where rows are repeated. All on the scores' device, a fixed number of
+kernels, no host sync.
+
+G groups, N rows, E experts
+"""
+
+import torch
+from torch import Tensor
+
+STEPS = 15  # temperatures from 1 to COLDEST, of the scores' deviation
+COLDEST = 3e-4
+SETTLING = 2  # further steps at the last temperature
+COARSE, COARSE_STEPS = 4096, 6  # the first steps see about so many of a group's rows
+DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
+STRIDE = 5.0  # temperatures that a price may move in a step
+
+
+def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Prices (G, E) at which soft demand is even, and the factor (G, E, E) of the Hessian there.
+
+    rows (G, N, E) of deviation 1, rows that are alike near each other; real (G, N), False: takes part in nothing.
+    """
+    prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), COLDEST ** (1 / (STEPS - 1))
+    every = max(1, rows.shape[1] // COARSE)
+    few, few_real = rows[:, ::every].contiguous(), real[:, ::every]
+    for step in range(STEPS - 1):
+        coarse = step < COARSE_STEPS
+        seen = (few, few_real) if coarse else (rows, real)
+        prices = newton_step(*seen, prices, cooling**step, cooling)
+    for _ in range(SETTLING):
+        prices = newton_step(rows, real, prices, COLDEST, 1.0)
+    choice = soft_choice(rows, real, prices)
+    return prices, factor(choice.mT @ choice)
+
+
+def newton_step(rows: Tensor, real: Tensor, prices: Tensor, temperature: float, cooling: float) -> Tensor:
+    """Prices (G, E) that even demand out at temperature * cooling, to first order."""
+    reduced = (rows - prices[:, None]) / temperature  # (G, N, E)
+    choice = reduced.softmax(-1) * real[..., None]
+    rivalry = choice.mT @ choice  # (G, E, E); its rows add up to the load
+    surplus = rivalry.sum(-1) - real.sum(1, keepdim=True) / rows.shape[2]
+    if cooling < 1:  # what a lower temperature adds: the sum of P (z - <z>)
+        weighed = choice * reduced
+        own, others = weighed.sum(1), (choice.mT @ weighed.sum(-1, keepdim=True)).squeeze(-1)
+        surplus = surplus + (1 - cooling) * (own - others)
+    return prices + temperature * solved(factor(rivalry), surplus).clamp(-STRIDE, STRIDE)
+
+
+def soft_choice(rows: Tensor, real: Tensor, prices: Tensor) -> Tensor:
+    """P (G, N, E) at the last temperature, 0 where not real."""
+    return ((rows - prices[:, None]) / COLDEST).softmax(-1) * real[..., None]
+
+
+def factor(rivalry: Tensor) -> Tensor:
+    """Cholesky factor (G, E, E), float64, of diag(load) - P'P, damped. cholesky_ex does not wait for the device."""
+    load = rivalry.sum(-1).double()
+    mean = load.mean(-1).clamp(min=1)[:, None, None]
+    ones = torch.eye(load.shape[1], dtype=torch.float64, device=load.device)
+    return torch.linalg.cholesky_ex(torch.diag_embed(load) - rivalry.double() + DAMPING * mean * ones)[0]
+
+
+def solved(cholesky: Tensor, right: Tensor) -> Tensor:
+    """(G, E) solutions, in the type of right (G, E), by a factor of factor()."""
+    return torch.cholesky_solve(right.double()[..., None], cholesky).squeeze(-1).to(right.dtype)
