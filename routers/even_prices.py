@@ -13,12 +13,12 @@ G groups, N rows, E experts
 import torch
 from torch import Tensor
 
-STEPS = 15  # temperatures from 1 to COLDEST, of the scores' deviation
+STEPS = 16  # temperatures from 1 to COLDEST, of the scores' deviation
 COLDEST = 3e-4
 SETTLING = 2  # further steps at the last temperature
-COARSE, COARSE_STEPS = 4096, 6  # the first steps see about so many of a group's rows
+COARSE, COARSE_STEPS = 4096, 5  # the first steps see about so many of a group's rows
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
-STRIDE = 5.0  # temperatures that a price may move in a step
+STRIDE = 2.5  # temperatures that a price may move in a step
 
 
 def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
