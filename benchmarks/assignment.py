@@ -5,6 +5,7 @@ Over kinds of scores, --tokens and --experts; --run adds the hidden states of a 
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def one_kind(kind: str, scores: Tensor, args: Namespace, device: torch.device) -
     load = torch.bincount(expert[0], minlength=experts)
     if int(load.max() - load.min()) > (tokens % experts > 0):
         raise RuntimeError(f"{kind}, T {tokens}, E {experts}: loads from {int(load.min())} to {int(load.max())}")
-    gaps, solvers = {"fast": float(gap)}, {"fast": lambda: fast_assignment(scores, real)}
+    gaps = {"fast": float(gap)}
+    solvers: dict[str, Callable[[], object]] = {"fast": lambda: fast_assignment(scores, real)}
     if tokens <= args.exact:
         gaps["exact"] = balanced_assignment(scores[0]).gap
         solvers["exact"] = lambda: balanced_assignment(scores[0])

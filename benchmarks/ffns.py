@@ -3,7 +3,7 @@
 T tokens, D width, F hidden width, E experts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ VOCABULARY = 8192
 
 class Way(NamedTuple):
     forward: Callable[[Tensor], Tensor]  # (T, D) -> (T, D)
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     same_layout: bool = True  # as Experts' parameters, so that their gradients can be compared
 
 
@@ -122,12 +122,11 @@ def transformers_experts(problem: Problem) -> Way:
     from transformers.integrations.moe import grouped_mm_experts_forward  # type: ignore[reportMissingImports]
 
     first, last, gated = _stacked(problem)
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.gate_up_proj, holder.down_proj = nn.Parameter(first), nn.Parameter(last)
     holder.up_proj, holder.num_experts, holder.act_fn = holder.gate_up_proj, len(first), problem.experts.activation
     holder.has_gate, holder.has_bias, holder.is_transposed, holder.is_concatenated = True, False, False, True
-    plain: Any = _swiglu if gated else problem.experts.activation
-    holder._apply_gate = plain
+    holder._apply_gate = _swiglu if gated else problem.experts.activation
     return _called(problem, holder, lambda *given: grouped_mm_experts_forward(holder, *given))
 
 
@@ -139,7 +138,7 @@ def liger_experts(problem: Problem) -> Way:
     if not gated:
         raise ValueError("SwiGLU alone")
     sizes = {"num_experts": len(first), "moe_intermediate_size": last.shape[2], "hidden_size": last.shape[1]}
-    holder = LigerExperts(SimpleNamespace(**sizes, hidden_act="silu")).to(problem.device, problem.dtype)
+    holder: Any = LigerExperts(SimpleNamespace(**sizes, hidden_act="silu")).to(problem.device, problem.dtype)
     holder.gate_up_proj, holder.down_proj = nn.Parameter(first), nn.Parameter(last)
     return _called(problem, holder, holder)
 
@@ -155,7 +154,7 @@ def _swiglu(both: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def _called(problem: Problem, holder: nn.Module, forward: Callable[..., Tensor]) -> Way:
+def _called(problem: Problem, holder: Any, forward: Callable[..., Tensor]) -> Way:
     """forward(x) with a token's one expert and weight 1, its parameters in the place of ours."""
     chosen = problem.routing.expert[:, None]
     ones = torch.ones(len(chosen), 1, device=problem.device, dtype=problem.dtype)

@@ -80,7 +80,7 @@ def one_size(sizes: dict[str, int], args: Namespace, device: torch.device) -> li
     memory = {name: kept_bytes(problem, ways(problem, args)[name]()) for name in (DENSE, OURS)}
     rows = []
     for name, each in seconds.items():
-        row = {"way": name} | in_milliseconds(each)
+        row: Row = {"way": name} | in_milliseconds(each)
         if name in errors:
             row |= {"x dense": row["ms"] / floor, "TFLOP/s": problem.flops / row["ms"] / 1e9, "error": errors[name]}
         rows.append(row | ({"kept MB": memory[name] / 1e6} if name in memory else {}))

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.timing import Row, command, device_of, in_milliseconds, parser, plot, report
+from benchmarks.timing import Row, command, device_of, in_milliseconds, names, numbers, parser, plot, report
 from data.mixed_batches import training_batches
 from training.compose import composed
 from training.job import open_run
@@ -101,10 +101,10 @@ def main(words: list[str] | None = None) -> None:
 def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
-    made.add_argument("--arms", nargs="+", default=ARMS)
+    made.add_argument("--arms", type=names, default=ARMS, help="names with commas between")
     made.add_argument("--block", type=int, default=10, help="steps of an arm in a row")
     made.add_argument("--curve", choices=CURVES)
-    made.add_argument("--values", type=int, nargs="+", help="of the curve; default: 1, 2, 4, 8 or all; 128 to 2,048")
+    made.add_argument("--values", type=numbers, help="of the curve; default: 1,2,4,8 as far as there are; 128 to 2048")
     args, args.overrides = made.parse_known_args(words)
     if strange := [word for word in args.overrides if "=" not in word]:
         made.error(f"unknown: {' '.join(strange)}")

@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.timing import Row, command, device_of, parser, report
+from benchmarks.timing import Row, command, device_of, names, parser, report
 from training.provenance import ROOT
 
 
@@ -22,7 +22,7 @@ def main(words: list[str] | None = None) -> None:
     scale = args.scale or ("small" if device.type == "cuda" else "smoke")
     with tempfile.TemporaryDirectory() as runs:
         jobs = [f"router={','.join(args.arms)}", f"seed={','.join(map(str, range(args.seeds)))}"]
-        chosen = [f"runs={runs}", f"scale={scale}", f"device={device.type}", "wandb.mode=disabled", *args.overrides]
+        chosen = [f"scale={scale}", f"device={device.type}", "wandb.mode=disabled", *args.overrides, f"runs={runs}"]
         began = time.time()
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", *jobs, *chosen], check=False)
         if done.returncode:
@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> None:
 def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
-    made.add_argument("--arms", nargs="+", default=("dense", "hash_balanced", "switch", "base"))
+    made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
     made.add_argument("--seeds", type=int, default=3)
     args, args.overrides = made.parse_known_args(words)
     if strange := [word for word in args.overrides if "=" not in word]:

@@ -34,6 +34,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def names(text: str) -> list[str]:
+    """Of an option a,b,c: words after it are overrides."""
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
 def command(main: Callable[[], None]) -> None:
     """Run a benchmark from the command line: what is wrong with its input is one line and exit status 2."""
     try:

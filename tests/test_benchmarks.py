@@ -57,8 +57,8 @@ def test_what_a_forward_pass_keeps_is_counted_once():
 
 
 def test_steps_of_several_arms_are_timed_side_by_side(tiny, tmp_path):
-    words = ["--device=cpu", "--scale=smoke", "--rounds=1", "--block=1", "--arms", "dense", "base", f"--out={tmp_path}"]
-    step.main([*words, "--curve=length", "--values", "16", "32", *tiny])
+    words = ["--device=cpu", "--scale=smoke", "--rounds=1", "--block=1", "--arms=dense,base", f"--out={tmp_path}"]
+    step.main([*words, "--curve=length", "--values=16,32", *tiny[:-1]])
     rows = written(tmp_path, "step-smoke-over-length")
     assert [(row["length"], row["arm"]) for row in rows] == [(n, arm) for n in (16, 32) for arm in ("dense", "base")]
     assert all(row["tokens/s"] > 0 and row["syncs"] is None for row in rows)
@@ -73,14 +73,14 @@ def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
 
 
 def test_a_sweep_says_what_is_not_training(tiny, tmp_path):
-    sweep.main(["--device=cpu", "--scale=smoke", "--arms", "dense", "--seeds=2", f"--out={tmp_path}", *tiny[:-1]])
+    sweep.main(["--device=cpu", "--scale=smoke", "--arms=dense", "--seeds=2", f"--out={tmp_path}", *tiny[:-1]])
     rows = written(tmp_path, "sweep")
     assert [row["of its kind"] for row in rows] == [1, 2]
     assert all(row["training, s"] > 0 and row["whole, s"] > row["not training, s"] for row in rows)
 
 
 def test_preparing_is_timed_for_every_dictionary(tmp_path):
-    words = ["--megabytes=0.2", "--dictionaries", "bpe", "bytes", "data.vocab_size=400", "data.sequence_length=32"]
+    words = ["--megabytes=0.2", "--dictionaries=bpe,bytes", "data.vocab_size=400", "data.sequence_length=32"]
     prepare.main([*words, f"--out={tmp_path}"])
     assert [row["dictionary"] for row in written(tmp_path, "prepare")] == ["bpe", "bytes"]
 

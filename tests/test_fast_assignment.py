@@ -115,7 +115,7 @@ def test_nothing_waits_for_the_device_or_breaks_the_graph():
     rows = drawn("gaussian", 64, 4)
     start = torch.arange(64)[None] % 3
     for step in (
-        lambda: newton_step(rows, all_real(rows), torch.zeros(1, 4), 0.5, 0.5),
+        lambda: newton_step(rows, all_real(rows), torch.zeros(1, 4), torch.tensor(0.5), 0.5),
         lambda: moved_along_a_tree(rows, torch.zeros(64, 4), start, torch.full((1, 4), 16)),
         lambda: rest_placed(rows, start, torch.full((1, 4), 16)),
     ):
