@@ -25,7 +25,7 @@ class BalancedAssignment(Router):
     even_loads = True
     leaks = frozenset({"future in training", "mates in training"})
 
-    def __init__(self, site: Site, solver: str):
+    def __init__(self, site: Site, solver: str = "auto"):  # runs from before the option lack it
         super().__init__(site)
         if solver not in SOLVERS:
             raise ValueError(f"router.solver must be one of {', '.join(SOLVERS)}; got {solver}")
@@ -60,7 +60,7 @@ def assign_groups(scores: Tensor, real: Tensor, group: int, exact: bool) -> tupl
     if not exact:
         with torch.autocast(scores.device.type, enabled=False):
             groups = real.view(-1, group * real.shape[1])  # (G, N)
-            expert, gaps = fast_assignment(scores.view(*groups.shape, -1), groups)
+            expert, gaps = fast_assignment(scores.reshape(*groups.shape, -1), groups)
         return expert.view(real.shape), gaps.amax().float()
     expert = torch.zeros(real.shape, dtype=torch.int64, device=scores.device)
     gaps = [0.0]

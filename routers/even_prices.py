@@ -10,15 +10,18 @@ kernels, no host sync.
 G groups, N rows, E experts
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-STEPS = 15  # temperatures from 1 to COLDEST, of the scores' deviation
+STEPS = 16  # temperatures from 1 to COLDEST, of the scores' deviation
 COLDEST = 3e-4
 SETTLING = 2  # further steps at the last temperature
-COARSE, COARSE_STEPS = 4096, 6  # the first steps see about so many of a group's rows
+COARSE, COARSE_STEPS = 4096, 5  # the first steps see about so many of a group's rows
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
-STRIDE = 5.0  # temperatures that a price may move in a step
+PARTS = 64  # in which P'P is summed
+STRIDE = 2.5  # temperatures that a price may move in a step
 
 
 def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,29 +30,35 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     rows (G, N, E) of deviation 1, rows that are alike near each other; real (G, N), False: takes part in nothing.
     """
     prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), COLDEST ** (1 / (STEPS - 1))
+    temperature = cooling ** torch.arange(STEPS, dtype=rows.dtype, device=rows.device)  # not one graph for each
     every = max(1, rows.shape[1] // COARSE)
-    few, few_real = rows[:, ::every].contiguous(), real[:, ::every]
+    few, few_real = rows[:, ::every].contiguous(), real[:, ::every].contiguous()
     for step in range(STEPS - 1):
-        coarse = step < COARSE_STEPS
-        seen = (few, few_real) if coarse else (rows, real)
-        prices = newton_step(*seen, prices, cooling**step, cooling)
+        seen = (few, few_real) if step < COARSE_STEPS else (rows, real)
+        prices = newton_step(*seen, prices, temperature[step], cooling)
     for _ in range(SETTLING):
-        prices = newton_step(rows, real, prices, COLDEST, 1.0)
+        prices = newton_step(rows, real, prices, temperature[-1], 1.0)
     choice = soft_choice(rows, real, prices)
-    return prices, factor(choice.mT @ choice)
+    return prices, factor(rivalry(choice))
 
 
-def newton_step(rows: Tensor, real: Tensor, prices: Tensor, temperature: float, cooling: float) -> Tensor:
-    """Prices (G, E) that even demand out at temperature * cooling, to first order."""
+def newton_step(rows: Tensor, real: Tensor, prices: Tensor, temperature: Tensor, cooling: float) -> Tensor:
+    """Prices (G, E) that even demand out at temperature * cooling, to first order. temperature ()."""
     reduced = (rows - prices[:, None]) / temperature  # (G, N, E)
     choice = reduced.softmax(-1) * real[..., None]
-    rivalry = choice.mT @ choice  # (G, E, E); its rows add up to the load
-    surplus = rivalry.sum(-1) - real.sum(1, keepdim=True) / rows.shape[2]
+    rivals = rivalry(choice)
+    surplus = rivals.sum(-1) - real.sum(1, keepdim=True) / rows.shape[2]
     if cooling < 1:  # what a lower temperature adds: the sum of P (z - <z>)
         weighed = choice * reduced
-        own, others = weighed.sum(1), (choice.mT @ weighed.sum(-1, keepdim=True)).squeeze(-1)
-        surplus = surplus + (1 - cooling) * (own - others)
-    return prices + temperature * solved(factor(rivalry), surplus).clamp(-STRIDE, STRIDE)
+        mean = weighed.sum(-1, keepdim=True)
+        surplus = surplus + (1 - cooling) * torch.addcmul(weighed, choice, mean, value=-1).sum(1)
+    return prices + temperature * solved(factor(rivals), surplus).clamp(-STRIDE, STRIDE)
+
+
+def rivalry(choice: Tensor) -> Tensor:
+    """P'P (G, E, E) of choice (G, N, E); its rows add up to the load. In parts, for many processors."""
+    parts = choice.unflatten(1, (math.gcd(choice.shape[1], PARTS), -1))
+    return (parts.mT @ parts).sum(1)
 
 
 def soft_choice(rows: Tensor, real: Tensor, prices: Tensor) -> Tensor:
@@ -57,12 +66,12 @@ def soft_choice(rows: Tensor, real: Tensor, prices: Tensor) -> Tensor:
     return ((rows - prices[:, None]) / COLDEST).softmax(-1) * real[..., None]
 
 
-def factor(rivalry: Tensor) -> Tensor:
+def factor(rivals: Tensor) -> Tensor:
     """Cholesky factor (G, E, E), float64, of diag(load) - P'P, damped. cholesky_ex does not wait for the device."""
-    load = rivalry.sum(-1).double()
+    load = rivals.sum(-1).double()
     mean = load.mean(-1).clamp(min=1)[:, None, None]
     ones = torch.eye(load.shape[1], dtype=torch.float64, device=load.device)
-    return torch.linalg.cholesky_ex(torch.diag_embed(load) - rivalry.double() + DAMPING * mean * ones)[0]
+    return torch.linalg.cholesky_ex(torch.diag_embed(load) - rivals.double() + DAMPING * mean * ones)[0]
 
 
 def solved(cholesky: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
         "git": GIT,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "dispatch": model.path if model.routers else "none",
@@ -65,7 +65,9 @@ def _git(*words: str) -> str:
 GIT = git_state()  # of the code as it was loaded: a tree edited later did not run
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -111,6 +111,7 @@ NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "recor
 
 # Options that came later, and the value that changes nothing: runs from before them keep their ids.
 ADDED = {"encoder_layers": 0, "sparse_in": "decoder", "biases": False, "num_positions": None}
+ADDED_TO_ROUTERS = {"solver": "auto"}
 
 
 def digest_of(settings: Settings, data_fingerprint: str) -> str:
@@ -126,5 +127,6 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     if content["model"]["encoder_layers"]:
         windows["source_length"] = content["data"]["source_length"]
     content["model"] = {key: v for key, v in content["model"].items() if ADDED.get(key, ...) != v}
+    content["router"] = {key: v for key, v in content["router"].items() if ADDED_TO_ROUTERS.get(key, ...) != v}
     content["data"] = windows | {"fingerprint": data_fingerprint}
     return corpora.digest_of(content)[:8]

@@ -1,0 +1,72 @@
+"""Balanced assignment: time and certified gap of the fast and the exact solver: python -m benchmarks.assignment
+
+Over kinds of scores, --tokens and --experts; --run adds the hidden states of a run folder. The exact solver runs up to
+--exact tokens. Loads are checked before anything is timed.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.scores import KINDS, drawn, of_a_run
+from benchmarks.timing import Row, command, device_of, in_milliseconds, interleaved, parser, plot, report
+from routers.assignment import balanced_assignment
+from routers.fast_assignment import fast_assignment
+
+
+def main(words: list[str] | None = None) -> None:
+    args = options(words)
+    device = device_of(args.device)
+    rows = []
+    for tokens in args.tokens:
+        for experts in args.experts:
+            scores = {kind: drawn(kind, tokens, experts) for kind in args.kinds}
+            if args.run:
+                scores["of a run"] = of_a_run(args.run, tokens, experts)
+            for kind, each in scores.items():
+                rows += one_kind(kind, each.to(device), args, device)
+    report("assignment", rows, args, device)
+    if len(args.tokens) > 1:
+        plot(
+            [row | {"which": f"{row['kind']}, {row['solver']}"} for row in rows],
+            "T",
+            "ms",
+            "which",
+            args.out / "assignment.png",
+        )
+
+
+def options(words: list[str] | None) -> Namespace:
+    on_gpu = torch.cuda.is_available()
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768] if on_gpu else [4096])
+    made.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128] if on_gpu else [16])
+    made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
+    made.add_argument("--exact", type=int, default=4096, help="most tokens for the exact solver, which is slow")
+    made.add_argument("--run", type=Path, help="a run folder: also on what its first sparse layer reads")
+    return made.parse_args(words)
+
+
+def one_kind(kind: str, scores: Tensor, args: Namespace, device: torch.device) -> list[Row]:
+    """scores (1, T, E) -> a row for each solver. Raises RuntimeError if loads are not even."""
+    _, tokens, experts = scores.shape
+    real = torch.ones(1, tokens, dtype=torch.bool, device=device)
+    expert, gap = fast_assignment(scores, real)
+    load = torch.bincount(expert[0], minlength=experts)
+    if int(load.max() - load.min()) > (tokens % experts > 0):
+        raise RuntimeError(f"{kind}, T {tokens}, E {experts}: loads from {int(load.min())} to {int(load.max())}")
+    gaps = {"fast": float(gap)}
+    solvers: dict[str, Callable[[], object]] = {"fast": lambda: fast_assignment(scores, real)}
+    if tokens <= args.exact:
+        gaps["exact"] = balanced_assignment(scores[0]).gap
+        solvers["exact"] = lambda: balanced_assignment(scores[0])
+    seconds = interleaved(solvers, device, args.rounds, warm_up=1)
+    about = {"kind": kind, "T": tokens, "E": experts}
+    return [about | {"solver": name, "gap": gaps[name]} | in_milliseconds(each) for name, each in seconds.items()]
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,161 @@
+"""A whole training step of the real model and loop, side by side: python -m benchmarks.step [--scale small] [OVERRIDES]
+
+tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step. Blocks of --block
+steps of each arm in turn. Overrides are run.py's; --curve layers or length changes the number of sparse layers or the
+sequence length (at equal tokens a step) and draws tokens/s over the first arm's.
+"""
+
+import tempfile
+import time
+import warnings
+from argparse import Namespace
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch._dynamo.utils import counters
+
+from benchmarks.timing import Row, command, device_of, in_milliseconds, names, numbers, parser, plot, report
+from data.mixed_batches import training_batches
+from training.compose import composed
+from training.job import open_run
+from training.loop import Micro, Trainer
+from training.optimizer import learning_rate, step
+from training.preflight import read
+from training.session import open_session
+
+ARMS = ("dense", "hash_balanced", "switch", "base")
+CURVES = ("layers", "length")
+PEAK = 790e12  # an H200's 8192^3 bf16 product, FLOP/s
+
+
+class Arm:
+    """One arm's run in memory, stepped by the loop's own parts; batches are made ahead as there."""
+
+    def __init__(self, name: str, overrides: list[str], runs: str):
+        settings = read(composed([f"router={name}", f"runs={runs}", "wandb.mode=disabled", *overrides]))
+        run = open_run(settings)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        session = open_session(run)
+        batches = training_batches(run.splits["train"], settings.train.batch_size, settings.seed)
+        parts = session.model, session.losses, session.optimizer, batches, session.progress
+        nothing = lambda *_: None  # noqa: E731
+        self.trainer = Trainer(settings, *parts, nothing, nothing, nothing, [])
+        self.flops, self.settings, self.device = session.model.train_flops_per_token(), settings, session.device
+        self.tokens = settings.train.batch_size * settings.data.sequence_length
+        self.ahead = ThreadPoolExecutor(1)
+        self.upcoming: Future[list[Micro]] = self.ahead.submit(self.trainer.micro_batches, 0)
+
+    def step(self) -> None:
+        trainer, options = self.trainer, self.settings.train
+        micros = self.upcoming.result()
+        self.upcoming = self.ahead.submit(trainer.micro_batches, trainer.progress.step + 1)
+        ce, routings, _ = trainer.forward_backward(micros)
+        step(trainer.optimizer, learning_rate(trainer.progress.step, options), ce, options.grad_clip)
+        trainer.progress.step += 1
+        trainer.after_step(routings)
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, over so many."""
+        wait(self.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        wait(self.device)
+        return (time.perf_counter() - began) / steps
+
+    def syncs(self) -> int | None:
+        """Times that the host waited for the device in a step; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        wait(self.device)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in caught)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(words: list[str] | None = None) -> None:
+    args = options(words)
+    device = device_of(args.device)
+    scale = args.scale or ("small" if device.type == "cuda" else "smoke")
+    words = [f"scale={scale}", f"device={device.type}", *args.overrides]
+    rows = []
+    with tempfile.TemporaryDirectory() as runs:
+        for about, more in points(args, words):
+            rows += [about | row for row in side_by_side(args, words + more, runs)]
+    name = f"step-{scale}" + (f"-over-{args.curve}" if args.curve else "")
+    report(name, rows, args, device)
+    if args.curve:
+        plot(rows, args.curve, "over the first", "arm", args.out / f"{name}.png", level=1)
+
+
+def options(words: list[str] | None) -> Namespace:
+    made = parser(__doc__)
+    made.add_argument("--scale", help="default: small on a GPU, else smoke")
+    made.add_argument("--arms", type=names, default=ARMS, help="names with commas between")
+    made.add_argument("--block", type=int, default=10, help="steps of an arm in a row")
+    made.add_argument("--curve", choices=CURVES)
+    made.add_argument("--values", type=numbers, help="of the curve; default: 1,2,4,8 as far as there are; 128 to 2048")
+    args, args.overrides = made.parse_known_args(words)
+    if strange := [word for word in args.overrides if "=" not in word]:
+        made.error(f"unknown: {' '.join(strange)}")
+    return args
+
+
+def points(args: Namespace, words: list[str]) -> list[tuple[Row, list[str]]]:
+    """What each point of the curve is called, and what it overrides."""
+    if args.curve is None:
+        return [({}, [])]
+    settings = read(composed([*words, "router=dense", "wandb.mode=disabled"]))
+    if args.curve == "layers":
+        layers = settings.model.scaled().num_layers
+        values = args.values or [n for n in (1, 2, 4, 8, 16) if n <= layers]
+        spread = {n: [layers * (2 * i + 1) // (2 * n) for i in range(n)] for n in values}
+        return [({"layers": n}, [f"model.sparse_layers=[{','.join(map(str, spread[n]))}]"]) for n in values]
+    tokens = settings.train.batch_size * settings.data.sequence_length
+    found = []
+    for length in args.values or [128, 256, 512, 1024, 2048]:
+        rows = max(1, tokens // length)
+        words = [f"data.sequence_length={length}", f"train.batch_size={rows}", f"train.routing_group={rows}"]
+        found.append(({"length": length}, words))
+    return found
+
+
+def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
+    """A row for each arm, timed in turn after three steps of warm-up each."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # every arm compiles the same function for a model of its own
+    arms, breaks = {}, {}
+    for name in args.arms:
+        before = sum(counters["graph_break"].values())
+        arms[name] = Arm(name, words, runs)
+        for _ in range(3):
+            arms[name].step()
+        breaks[name] = sum(counters["graph_break"].values()) - before
+    syncs, seconds = {name: arm.syncs() for name, arm in arms.items()}, {name: [] for name in arms}
+    for _ in range(args.rounds):
+        for name, arm in arms.items():
+            seconds[name].append(arm.seconds(args.block))
+    rows, first = [], None
+    for name, arm in arms.items():
+        row = {"arm": name} | in_milliseconds(seconds[name])
+        rate = arm.tokens / row["ms"] * 1e3
+        first = first or rate
+        share = rate * arm.flops / PEAK if arm.device.type == "cuda" else None
+        row |= {"tokens/s": rate, "over the first": rate / first, "share of 790 TFLOP/s": share, "syncs": syncs[name]}
+        rows.append(row | {"graph breaks": breaks[name] if arm.settings.train.compile else None})
+        arm.ahead.shutdown()
+    return rows
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,62 @@
+"""What a sweep of short jobs spends on anything but training: python -m benchmarks.sweep [--scale small] [OVERRIDES]
+
+Four methods with three seeds each, by run.py's own queue, into a folder of their own. Training is counted as tokens
+over the median of the logged rates, so that compiling is no training; from one job's result to the next is its time.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.timing import Row, command, device_of, names, parser, report
+from training.provenance import ROOT
+
+
+def main(words: list[str] | None = None) -> None:
+    args = options(words)
+    device = device_of(args.device)
+    scale = args.scale or ("small" if device.type == "cuda" else "smoke")
+    with tempfile.TemporaryDirectory() as runs:
+        jobs = [f"router={','.join(args.arms)}", f"seed={','.join(map(str, range(args.seeds)))}"]
+        chosen = [f"scale={scale}", f"device={device.type}", "wandb.mode=disabled", *args.overrides, f"runs={runs}"]
+        began = time.time()
+        done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", *jobs, *chosen], check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        rows = jobs_of(Path(runs), began)
+    rest = [row["not training, s"] for row in rows if row["of its kind"] > 1]
+    print(f"not training, mean of the jobs after the first of a kind: {sum(rest) / max(1, len(rest)):.2f} s")
+    report("sweep", rows, args, device)
+
+
+def options(words: list[str] | None) -> Namespace:
+    made = parser(__doc__)
+    made.add_argument("--scale", help="default: small on a GPU, else smoke")
+    made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
+    made.add_argument("--seeds", type=int, default=3)
+    args, args.overrides = made.parse_known_args(words)
+    if strange := [word for word in args.overrides if "=" not in word]:
+        made.error(f"unknown: {' '.join(strange)}")
+    return args
+
+
+def jobs_of(runs: Path, began: float) -> list[Row]:
+    """A row for each finished job in the order in which they finished; the first also starts the queue."""
+    finished = sorted(runs.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+    rows, before, seen = [], began, {}
+    for path in finished:
+        result, arm = json.loads(path.read_text()), path.parent.name.rsplit("-s", 1)[0]
+        seen[arm] = seen.get(arm, 0) + 1
+        whole, before = path.stat().st_mtime - before, path.stat().st_mtime
+        training = result["tokens"] / result["tokens_per_second"]
+        row = {"arm": arm, "of its kind": seen[arm], "whole, s": whole, "training, s": training}
+        rows.append(row | {"not training, s": whole - training, "in the job, s": result["seconds"] - training})
+    return rows
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,160 @@
+"""Times side by side in one process: interleaved rounds, medians and quartiles, JSON with provenance, tables, plots."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import HydraException
+from matplotlib.figure import Figure
+from omegaconf.errors import OmegaConfBaseException
+from tabulate import tabulate
+
+from training.provenance import GIT, ROOT, device_name
+from training.targets import one_line
+
+LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "numpy", "scipy")
+Row = dict[str, Any]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    made.add_argument("--rounds", type=int, default=20, help="times that each is measured, in turn with the others")
+    made.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="where JSON and plots go")
+    return made
+
+
+def names(text: str) -> list[str]:
+    """Of an option a,b,c: words after it are overrides."""
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a benchmark from the command line: what is wrong with its input is one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def device_of(wanted: str) -> torch.device:
+    """Raises ValueError for a GPU that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but torch sees no GPU")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3, inner: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of one call, `rounds` times each, the candidates in turn; every measure is the mean of `inner` calls.
+
+    On a GPU between events on its stream, else by the clock. The warm-up also compiles and tunes.
+    """
+    for run in candidates.values():
+        for _ in range(warm_up):
+            run()
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            seconds[name].append(measured(run, device, inner) / inner)
+    return seconds
+
+
+def measured(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Seconds of so many calls in a row, the device idle before and after."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(times):
+            run()
+        return time.perf_counter() - began
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def in_milliseconds(seconds: Sequence[float]) -> Row:
+    """median, low and high quartile."""
+    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
+
+
+def saved_bytes(run: Callable[[], object], kept: Sequence[torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, besides `kept` (parameters, input)."""
+    known, sizes = {tensor.untyped_storage().data_ptr() for tensor in kept}, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
+def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.device, **more: Any) -> Path:
+    """Print the rows as a table, and write them to <out>/<name>.json with where they come from."""
+    print(tabulate(rows, headers="keys", floatfmt=".4g", missingval=""))
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    origin = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "options": options,
+        "commit": GIT["commit"],
+        "dirty": GIT["dirty"],
+        "python": platform.python_version(),
+        "versions": {library: found for library in LIBRARIES if (found := installed(library))},
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.json"
+    path.write_text(json.dumps({"provenance": origin, "rows": rows} | more, indent=1))
+    print(f"written: {path}")
+    return path
+
+
+def installed(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
+    """Lines of y over x, one for each label; x is logarithmic. level: a dotted line."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row[label] for row in rows if y in row):
+        points = sorted((row[x], row[y]) for row in rows if row[label] == name and y in row)
+        axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, label=name)
+    if level is not None:
+        axes.axhline(level, color="0.35", linewidth=0.7, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    print(f"written: {path}")

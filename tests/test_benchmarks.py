@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import assignment, layer, prepare, step, sweep
+from benchmarks.ffns import Problem, Way, error_of, reference
+from benchmarks.timing import interleaved, saved_bytes
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def written(folder, name: str) -> list[dict]:
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert {"command", "commit", "versions", "device", "options"} <= found["provenance"].keys()
+    return found["rows"]
+
+
+def test_a_layer_is_timed_beside_the_dense_floor_and_checked(tmp_path, capsys):
+    layer.main(["--device=cpu", "--size=tiny", "--rounds=2", "--curve=E", f"--out={tmp_path}"])
+    rows = written(tmp_path, "layer-tiny-relu-over-E")
+    assert {row["E"] for row in rows} == {1, 4}
+    dense, ours = (next(row for row in rows if row["way"] == way) for way in (layer.DENSE, layer.OURS))
+    assert dense["x dense"] == 1 and ours["ms"] > 0 and ours["error"] <= 1e-4
+    # what dense keeps: the inner values (256, 64), float32, once where relu keeps its result; ours the permuted x too
+    assert dense["kept MB"] == pytest.approx(256 * 64 * 4 / 1e6)
+    assert (tmp_path / "layer-tiny-relu-over-E.png").stat().st_size > 5000
+    assert "x dense" in capsys.readouterr().out
+
+
+def test_a_way_that_is_wrong_is_not_timed():
+    problem = Problem(64, 16, 32, 4, "swiglu", CPU)
+    parameters = list(problem.experts.parameters())
+    wanted = reference(problem, dense=False)
+    for forward in (problem.loop, problem.grouped, lambda x: problem.ours(x, problem.plan)):
+        assert error_of(problem, Way(forward, parameters), wanted) <= 1e-5
+    with pytest.raises(ValueError, match="off by"):
+        error_of(problem, Way(lambda x: 1.01 * problem.loop(x), parameters), wanted)
+
+
+def test_candidates_are_measured_in_turn():
+    called = []
+    seconds = interleaved(
+        {"a": lambda: called.append("a"), "b": lambda: called.append("b")}, CPU, 3, warm_up=1, inner=2
+    )
+    assert called == ["a", "b", *["a", "a", "b", "b"] * 3]
+    assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_what_a_forward_pass_keeps_is_counted_once():
+    x = torch.ones(10, requires_grad=True)
+    assert saved_bytes(lambda: (x.exp() * 2).sum(), [x]) == 40  # exp keeps its result
+    assert saved_bytes(lambda: (x * x).sum(), [x]) == 0
+
+
+def test_steps_of_several_arms_are_timed_side_by_side(tiny, tmp_path):
+    words = ["--device=cpu", "--scale=smoke", "--rounds=1", "--block=1", "--arms=dense,base", f"--out={tmp_path}"]
+    step.main([*words, "--curve=length", "--values=16,32", *tiny[:-1]])
+    rows = written(tmp_path, "step-smoke-over-length")
+    assert [(row["length"], row["arm"]) for row in rows] == [(n, arm) for n in (16, 32) for arm in ("dense", "base")]
+    assert all(row["tokens/s"] > 0 and row["syncs"] is None for row in rows)
+
+
+def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
+    words = ["--device=cpu", "--tokens", "200", "400", "--experts", "8", "--kinds", "gaussian", "--rounds=1"]
+    assignment.main([*words, f"--out={tmp_path}"])
+    rows = written(tmp_path, "assignment")
+    assert [(row["T"], row["solver"]) for row in rows] == [(n, s) for n in (200, 400) for s in ("fast", "exact")]
+    assert all(0 <= row["gap"] < 0.05 for row in rows)
+
+
+def test_a_sweep_says_what_is_not_training(tiny, tmp_path):
+    sweep.main(["--device=cpu", "--scale=smoke", "--arms=dense", "--seeds=2", f"--out={tmp_path}", *tiny[:-1]])
+    rows = written(tmp_path, "sweep")
+    assert [row["of its kind"] for row in rows] == [1, 2]
+    assert all(row["training, s"] > 0 and row["whole, s"] > row["not training, s"] for row in rows)
+
+
+def test_preparing_is_timed_for_every_dictionary(tmp_path):
+    words = ["--megabytes=0.2", "--dictionaries=bpe,bytes", "data.vocab_size=400", "data.sequence_length=32"]
+    prepare.main([*words, f"--out={tmp_path}"])
+    assert [row["dictionary"] for row in written(tmp_path, "prepare")] == ["bpe", "bytes"]
+
+
+def test_bad_input_is_one_line(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.step", "--scale=none", f"--out={tmp_path}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
