@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data.batches import Tokens
 from routers.assignment import balanced_assignment
-from routers.fast_assignment import fast_assignment
+from routers.fast_assignment import replayed_assignment
 from routers.routing import Router, Routing, Site, at_least_float32, one_each
 
 SOLVERS = ("auto", "exact", "fast")
@@ -60,7 +60,7 @@ def assign_groups(scores: Tensor, real: Tensor, group: int, exact: bool) -> tupl
     if not exact:
         with torch.autocast(scores.device.type, enabled=False):
             groups = real.view(-1, group * real.shape[1])  # (G, N)
-            expert, gaps = fast_assignment(scores.reshape(*groups.shape, -1), groups)
+            expert, gaps = replayed_assignment(scores.reshape(*groups.shape, -1), groups)
         return expert.view(real.shape), gaps.amax().float()
     expert = torch.zeros(real.shape, dtype=torch.int64, device=scores.device)
     gaps = [0.0]
