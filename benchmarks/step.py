@@ -47,7 +47,7 @@ class Arm:
 
     def step(self) -> None:
         trainer, options = self.trainer, self.settings.train
-        micros = self.upcoming.result()
+        micros = trainer.taken(self.upcoming.result())
         self.upcoming = self.ahead.submit(trainer.micro_batches, trainer.progress.step + 1)
         ce, routings, _ = trainer.forward_backward(micros)
         step(trainer.optimizer, learning_rate(trainer.progress.step, options), ce, options.grad_clip)
