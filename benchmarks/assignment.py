@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.scores import KINDS, drawn, of_a_run
 from benchmarks.timing import Row, command, device_of, in_milliseconds, interleaved, parser, plot, report
 from routers.assignment import balanced_assignment
-from routers.fast_assignment import fast_assignment
+from routers.fast_assignment import replayed_assignment
 
 
 def main(words: list[str] | None = None) -> None:
@@ -54,12 +54,12 @@ def one_kind(kind: str, scores: Tensor, args: Namespace, device: torch.device) -
     """scores (1, T, E) -> a row for each solver. Raises RuntimeError if loads are not even."""
     _, tokens, experts = scores.shape
     real = torch.ones(1, tokens, dtype=torch.bool, device=device)
-    expert, gap = fast_assignment(scores, real)
+    expert, gap = replayed_assignment(scores, real)
     load = torch.bincount(expert[0], minlength=experts)
     if int(load.max() - load.min()) > (tokens % experts > 0):
         raise RuntimeError(f"{kind}, T {tokens}, E {experts}: loads from {int(load.min())} to {int(load.max())}")
     gaps = {"fast": float(gap)}
-    solvers: dict[str, Callable[[], object]] = {"fast": lambda: fast_assignment(scores, real)}
+    solvers: dict[str, Callable[[], object]] = {"fast": lambda: replayed_assignment(scores, real)}
     if tokens <= args.exact:
         gaps["exact"] = balanced_assignment(scores[0]).gap
         solvers["exact"] = lambda: balanced_assignment(scores[0])
