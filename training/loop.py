@@ -132,14 +132,13 @@ class Trainer:
         if self.aside is None:
             return self._micro_batches(step)
         with torch.cuda.stream(self.aside):
-            micros = self._micro_batches(step)
-        self.aside.synchronize()  # of this thread alone
-        return micros
+            return self._micro_batches(step)
 
     def taken(self, micros: list[Micro]) -> list[Micro]:
-        """Micro-batches that the training stream now uses: their memory is free when that has passed."""
+        """Micro-batches for the training stream, which waits until they are made, and frees their memory after use."""
         if self.aside is not None:
             stream = torch.cuda.current_stream()
+            stream.wait_stream(self.aside)  # the next batch is not begun yet
             for batch, plans in micros:
                 batch.apply(lambda tensor: tensor.record_stream(stream) or tensor)
                 for tensor in (tensor for plan in plans.values() for tensor in plan):
