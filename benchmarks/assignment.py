@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> None:
     report("assignment", rows, args, device)
     if len(args.tokens) > 1:
         plot(
-            [row | {"which": f"{row['kind']}, {row['solver']}"} for row in rows],
+            [row | {"which": f"{row['kind']}, {row['solver']}, E {row['E']}"} for row in rows],
             "T",
             "ms",
             "which",
