@@ -8,7 +8,7 @@ from conftest import ROOT, compose_config
 
 from training.job import open_run
 from training.preflight import read
-from training.settings import digest_of
+from training.identity import digest_of
 
 
 def run_py(*words: str, limit: int | None = None, cwd=None) -> subprocess.CompletedProcess:
