@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -12,9 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from training.compose import ROOT, apart
+from training.compose import ROOT
 
 
 class Composer:
@@ -25,20 +26,28 @@ class Composer:
         assert isinstance(loader, ConfigLoaderImpl)
         self.loader, self.hydra_words = loader, list(hydra_words)
         self.parser = OverridesParser.create(config_loader=loader)
-        self.made: dict[tuple[str, ...], DictConfig] = {}
+        self.made: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
 
-    def __call__(self, words: Sequence[str]) -> DictConfig:
+    def __call__(self, words: Sequence[str]) -> dict[str, Any]:
         """Resolved, without Hydra's node, and not yet settled (training.tuning). Raises as Hydra and OmegaConf do."""
         groups = tuple(word for word in words if self.chooses_a_group(word))
         if groups not in self.made:
-            self.made[groups] = self.loader.load_configuration("config", [*self.hydra_words, *groups], RunMode.RUN)
-        config = deepcopy(self.made[groups])
+            self.made[groups] = self.composed(groups)
+        hydra, config = self.made[groups][0], deepcopy(self.made[groups][1])
         values = self.parser.parse_overrides([word for word in words if word not in groups])
         self.loader._apply_overrides_to_config(values, config)
-        HydraConfig.instance().set_config(config)  # for ${hydra:...}
-        plain = OmegaConf.to_container(apart(config), resolve=True)
+        HydraConfig.instance().cfg = hydra  # type: ignore[assignment]  (for ${hydra:...}, as set_config leaves it)
+        plain = OmegaConf.to_container(config, resolve=True)
         assert isinstance(plain, dict)
-        return DictConfig(plain)
+        return {str(key): value for key, value in plain.items()}
+
+    def composed(self, groups: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+        """Hydra's node alone, and all else."""
+        whole = self.loader.load_configuration("config", [*self.hydra_words, *groups], RunMode.RUN)
+        HydraConfig.instance().set_config(whole)
+        with open_dict(whole):
+            whole.pop("hydra")
+        return HydraConfig.instance().cfg, whole  # type: ignore[return-value]
 
     @functools.cache  # noqa: B019  (lives as long as a sweep's planning)
     def chooses_a_group(self, word: str) -> bool:

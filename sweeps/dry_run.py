@@ -12,6 +12,7 @@ from sweeps.job import duration
 from sweeps.plan import Planned
 from sweeps.standing import standing
 from training.build import find_data
+from training.identity import provisional_id
 from training.job import open_run
 from training.preflight import read
 from training.settings import Settings
@@ -42,7 +43,7 @@ def report(planned: Sequence[Planned]) -> int:
             each.error = str(error)
             continue
         seconds, basis = pace[settings.runs].seconds(settings, known[key])
-        name = each.run.folder.name if each.run else f"{settings.arm}-s{settings.seed}-?"
+        name = each.run.folder.name if each.run else f"(id {provisional_id(settings)})"
         state = standing(each.run.folder) if each.run else "left"
         rows.append([settings.arm, settings.seed, name, *figures(known[key]), duration(seconds), state])
         if state != "done":

@@ -4,14 +4,10 @@ T tokens of a micro-batch, L layers, V vocabulary
 """
 
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import yaml
 
 from training.build import choose_device, make_dictionary, outline, precision

@@ -15,6 +15,7 @@ from sweeps.plan import Plan
 from sweeps.standing import standing
 from training.build import find_data
 from training.compose import ROOT
+from training.identity import provisional_id
 from training.targets import one_line
 
 STATES = ("done", "running", "failed", "left")
@@ -40,12 +41,11 @@ class Overview:
             self.wrong.append(f"{name}: {one_line(error)}")
             return
         runs = {}
-        for number, job in enumerate(plan.jobs):
+        for job in plan.jobs:
             if job.settings is None:
                 continue
             state = standing(job.run.folder) if job.run else "left"
-            # of data that is not prepared a job's id is unknown, and so which sweeps share it
-            key = str(job.run.folder) if job.run else f"{name} {number}"
+            key = str(job.run.folder) if job.run else provisional_id(job.settings)
             runs[key] = state, 0.0 if state == "done" else self.seconds(job)
         self.rows.append(row(name, runs))
         self.everything |= runs
@@ -65,7 +65,9 @@ class Overview:
         headers = ["sweep", "jobs", *STATES, "time needed"]
         last = row("all, shared runs once", self.everything)
         table = tabulate([*self.rows, last], headers, colalign=("left", *["right"] * 6), disable_numparse=True)
-        note = "Time: estimated, of jobs one after the other, without preparing text. dry_run=true tells a sweep's jobs."
+        note = (
+            "Time: estimated, of jobs one after the other, without preparing text. dry_run=true tells a sweep's jobs."
+        )
         return "\n".join([table, note, *self.wrong])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.utils import filter_overrides
 from hydra.errors import HydraException
@@ -30,10 +31,11 @@ class Planned:
     """A job of a sweep. It has settings unless it is invalid, and a run unless its data is not prepared."""
 
     words: Sequence[str]  # its overrides
-    config: DictConfig | None = None
+    config: dict[str, Any] | None = None  # resolved
     settings: Settings | None = None
     run: Run | None = None
     error: str = ""
+    place: list[int] | None = None  # of a trial
 
     def name(self) -> str:
         return " ".join(filter_overrides(self.words))
@@ -42,7 +44,7 @@ class Planned:
 class Plan:
     """compose: overrides -> config; open_data: as training.job.open_run takes it."""
 
-    def __init__(self, compose: Callable[[Sequence[str]], DictConfig], open_data: Callable[[Settings], Prepared]):
+    def __init__(self, compose: Callable[[Sequence[str]], dict[str, Any]], open_data: Callable[[Settings], Prepared]):
         self.compose, self.open_data = compose, open_data
         self.jobs: list[Planned] = []
 
@@ -50,21 +52,21 @@ class Plan:
         """Compose and check the job that the words describe, and those of all its trials."""
         try:
             config = self.compose(words)
-            places = space_of(config.space).places() if config.trial == "all" else [None]
+            places = space_of(config["space"]).places() if config["trial"] == "all" else [None]
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
             self.jobs.append(Planned(words, error=one_line(error)))
             return
         for place in places:
             self.jobs.append(self.checked(words, config, place))
 
-    def checked(self, words: Sequence[str], config: DictConfig, place: tuple[int, ...] | None) -> Planned:
-        job = Planned(words, deepcopy(config))
-        assert job.config is not None
+    def checked(self, words: Sequence[str], config: dict[str, Any], place: tuple[int, ...] | None) -> Planned:
+        job = Planned(words, config)
+        config = deepcopy(config)
         try:
             if place is not None:
-                job.config.trial = list(place)
-            settle(job.config, words)
-            job.settings = read(job.config, [each.settings for each in self.jobs if each.settings])
+                config["trial"] = job.place = list(place)
+            settle(config, words)
+            job.settings = read(config, [each.settings for each in self.jobs if each.settings])
         except (OmegaConfBaseException, ValueError, OSError) as error:
             job.error = one_line(error)
         return job
@@ -95,13 +97,13 @@ class Plan:
         """Trials beyond the edge of an arm's space, of arms whose trials have all ended with the best one there."""
         arms: dict[tuple[str, ...], list[Planned]] = {}
         for job in self.jobs:
-            if job.config is not None and job.config.trial is not None:
+            if job.place is not None:
                 arms.setdefault(tuple(job.words), []).append(job)
         for words, jobs in arms.items():
-            results = {tuple(job.config.trial): ended_with(job) for job in jobs if job.config is not None}
+            results = {tuple(job.place or ()): ended_with(job) for job in jobs}
             if None not in results.values():
                 for place in beyond({place: ce for place, ce in results.items() if ce is not None}):
-                    yield self.checked(words, jobs[0].config or DictConfig({}), place)
+                    yield self.checked(words, jobs[0].config or {}, place)
 
     def errors(self) -> list[str]:
         return [f"{job.name()}: {job.error}" for job in self.jobs if job.error]

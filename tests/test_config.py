@@ -6,9 +6,9 @@ from itertools import product
 import pytest
 from conftest import ROOT, compose_config
 
+from training.identity import digest_of
 from training.job import open_run
 from training.preflight import read
-from training.identity import digest_of
 
 
 def run_py(*words: str, limit: int | None = None, cwd=None) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.batches import Batch, evaluation_batches
 from data.mixed_batches import open_split
 from data.mixture import Mixture, prepare_mixture
-from data.prepare import Prepared, prepare
+from data.prepare import NotPrepared, Prepared, prepare
 from data.source import divided, positions
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
@@ -189,7 +189,18 @@ def open_data(settings: Settings) -> Prepared:
 
 def find_data(settings: Settings) -> Prepared:
     """The run's data, without writing anything. Raises NotPrepared if it is not prepared, ValueError if it cannot be."""
-    return _open_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache, False)
+    found = _found_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
+    if isinstance(found, NotPrepared):
+        raise found
+    return found
+
+
+@functools.cache
+def _found_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared | NotPrepared:
+    try:
+        return _open_data(corpus_node, tokenizer_node, cache, False)
+    except NotPrepared as error:
+        return error
 
 
 @functools.cache  # the jobs of a sweep mostly share their data

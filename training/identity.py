@@ -40,6 +40,11 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     return corpora.digest_of(content)[:8]
 
 
+def provisional_id(settings: Settings) -> str:
+    """As digest_of, while the text is not prepared: equal for runs that will be equal."""
+    return digest_of(settings, repr((settings.data.corpus, settings.tokenizer)))
+
+
 def without_unused(content: dict[str, Any]) -> dict[str, Any]:
     """Settings as a dictionary, without what a dense model does not use: it is trained once for all numbers of experts
     and places of sparse layers. With placement=insert its extra layer stands there and is an expert."""

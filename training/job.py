@@ -74,7 +74,10 @@ def _folder(settings: Settings, digest: str, planned: Sequence[Run]) -> Path:
     """Of the run with this id: where one of an earlier job or one on the disk has it, under whatever arm's name."""
     runs = Path(settings.runs).expanduser().absolute()
     made = [run.folder for run in planned if run.folder.name.endswith(f"-{digest}")]
-    return next(iter(made or sorted(runs.glob(f"*-s{settings.seed}-{digest}"))), runs / f"{settings.arm}-s{settings.seed}-{digest}")
+    return next(
+        iter(made or sorted(runs.glob(f"*-s{settings.seed}-{digest}"))),
+        runs / f"{settings.arm}-s{settings.seed}-{digest}",
+    )
 
 
 def run(config: DictConfig) -> int:

@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before any work is done."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
@@ -13,13 +14,15 @@ from training.settings import Settings
 from training.start import check_start, find_baseline
 from training.targets import PACKAGES, check_targets, one_line, target
 
+SCHEMA = OmegaConf.structured(Settings)
 
-def read(config: DictConfig, planned: Sequence[Settings] = ()) -> Settings:
+
+def read(config: DictConfig | dict[str, Any], planned: Sequence[Settings] = ()) -> Settings:
     """Typed and checked settings of one run. planned: of the sweep's earlier jobs, one of which may be the run that
     train.init_from or router.baseline names. Raises ValueError with one line that names the key and the rule."""
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
+        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+        settings = OmegaConf.to_object(OmegaConf.merge(SCHEMA, plain))
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error)) from error
     assert isinstance(settings, Settings)
@@ -92,9 +95,14 @@ def _routed(run: dict[str, Any], layer: int, num_experts: int) -> bool:
     return routed and run["num_experts"] == num_experts
 
 
+@functools.cache
+def _hints(group: type) -> dict[str, Any]:
+    return get_type_hints(group, include_extras=True)
+
+
 def _check_rules(group: Any, place: str) -> None:
     """Every Rule in the annotations of group and of the groups in it."""
-    for name, hint in get_type_hints(type(group), include_extras=True).items():
+    for name, hint in _hints(type(group)).items():
         value = getattr(group, name)
         if is_dataclass(value):
             _check_rules(value, f"{place}{name}.")

@@ -5,14 +5,15 @@ place in it, (i,) or (i, j); places beyond the grid go on in its ratio. Trials h
 """
 
 import csv
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, MutableMapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from training.settings import Settings
 
@@ -32,6 +33,7 @@ class Space(NamedTuple):
         return [*product(*(range(len(axis)) for axis in (self.lr, self.values) if axis))]
 
 
+@functools.cache
 def space_of(name: str) -> Space:
     """conf/tuning/<name>.yaml. ValueError if there is none, or if an axis is no log grid."""
     path = SPACES / f"{name}.yaml"
@@ -53,27 +55,39 @@ def value_at(axis: list[float], place: int) -> float:
     return float(f"{axis[0] * ratio**place:.3g}")
 
 
-def settle(config: DictConfig, words: Iterable[str]) -> None:
+def settle(config: MutableMapping[str, Any] | DictConfig, words: Iterable[str]) -> None:
     """Set the rate and knob that `trial` or `tuned` stand for; of tuned not what words, the overrides, set themselves.
 
-    A run that starts from another one, or with space=null, keeps what it has. Raises ValueError for a trial with a table's seed, and for an
-    arm that the ledger has not.
+    A run that starts from another one, or with space=null, keeps what it has. Raises ValueError for a trial with a
+    table's seed, and for an arm that the ledger has not.
     """
-    if config.trial is not None and config.trial != "all":
-        if config.seed < FIRST_SEED:
-            raise ValueError(f"seed must be at least {FIRST_SEED} for a trial; got {config.seed}")
-        space, place = space_of(config.space), list(config.trial)
-        chosen: dict[str, Any] = {"train.lr": float(f"{config.train.lr * value_at(space.lr, place[0]):.6g}")}
-        chosen |= {space.knob: value_at(space.values, place[1])} if space.knob else {}
-        if any(OmegaConf.select(config, key) != value for key, value in chosen.items()):  # else it is the plain arm
-            config.arm = "_".join([config.arm, "trial", *map(str, place)])
-    elif config.tuned is not None and config.space is not None and config.train.init_from is None:
+    train, space, chosen = config["train"], config["space"], {}
+    if config["trial"] not in (None, "all"):
+        chosen = tried(config)
+        if any(_group(config, key)[key.rpartition(".")[2]] != value for key, value in chosen.items()):
+            config["arm"] = "_".join([config["arm"], "trial", *map(str, config["trial"])])  # else it is the plain arm
+    elif config["tuned"] is not None and space is not None and train["init_from"] is None:
         given = {word.lstrip("+").partition("=")[0] for word in words}
-        chosen = {key: value for key, value in from_ledger(config.tuned, config.space).items() if key not in given}
-    else:
-        chosen = {}
+        chosen = {key: value for key, value in from_ledger(config["tuned"], space).items() if key not in given}
     for key, value in chosen.items():
-        OmegaConf.update(config, key, value)
+        _group(config, key)[key.rpartition(".")[2]] = value
+
+
+def tried(config: MutableMapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """Key -> value of the config's trial."""
+    if config["seed"] < FIRST_SEED:
+        raise ValueError(f"seed must be at least {FIRST_SEED} for a trial; got {config['seed']}")
+    space, place = space_of(config["space"]), list(config["trial"])
+    rate = float(f"{config['train']['lr'] * value_at(space.lr, place[0]):.6g}")
+    return {"train.lr": rate} | ({space.knob: value_at(space.values, place[1])} if space.knob else {})
+
+
+def _group(config: MutableMapping[str, Any] | DictConfig, key: str) -> MutableMapping[str, Any]:
+    """The group that holds the key's last part. ValueError if there is none."""
+    try:
+        return functools.reduce(lambda group, name: group[name], key.split(".")[:-1], config)  # type: ignore[arg-type]
+    except KeyError as error:
+        raise ValueError(f"{key}, which is to be tuned, is no key of this config") from error
 
 
 def from_ledger(ledger: str, arm: str) -> dict[str, Any]:
@@ -84,7 +98,9 @@ def from_ledger(ledger: str, arm: str) -> dict[str, Any]:
     except (OSError, KeyError) as error:
         raise ValueError(f"tuned={ledger} is no ledger that can be read: {error!r}") from error
     if len(rows) != 1:
-        raise ValueError(f"tuned={ledger} has chosen nothing for {arm}; python run.py -m sweeps=tune router={arm} tries")
+        raise ValueError(
+            f"tuned={ledger} has chosen nothing for {arm}; python run.py -m sweeps=tune router={arm} tries"
+        )
     knob = {rows[0]["knob"]: float(rows[0]["value"])} if rows[0]["knob"] else {}
     return {"train.lr": float(rows[0]["lr"])} | knob
 
@@ -94,5 +110,5 @@ def described(settings: Settings) -> dict[str, Any]:
     if settings.trial is None:
         return {}
     knob = space_of(settings.space or "").knob
-    value = OmegaConf.select(OmegaConf.create(asdict(settings)), knob) if knob else None
+    value = _group(asdict(settings), knob)[knob.rpartition(".")[2]] if knob else None
     return {"tuned": settings.space, "place": settings.trial, "lr": settings.train.lr, "knob": knob, "value": value}
