@@ -9,12 +9,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-COLUMNS = ("arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run", "chosen")
+COLUMNS: tuple[str, ...] = ("arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run", "chosen")
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 
 def beyond(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
-    """The places next to the best one that lie beyond the edges of what was tried. results: place -> validation loss."""
+    """The places next to the best one, beyond the edges of what was tried. results: place -> validation loss."""
     best = min(results, key=lambda place: results[place])
     if math.isinf(results[best]):
         return []
@@ -27,8 +27,8 @@ def beyond(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
 
 
 def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """The scale, a row a trial as in COLUMNS, and what is open. An arm's best trial is chosen once all have ended and it
-    does not lie at an edge, or MOST have been tried. ValueError if the sweep has no record or no trials."""
+    """The scale, a row a trial as in COLUMNS, and what is open. An arm's best trial is chosen once all have ended and
+    it does not lie at an edge, or MOST have been tried. ValueError if the sweep has no record or no trials."""
     path = runs / "sweeps" / f"{sweep}.json"
     if not path.exists():
         raise ValueError(f"no sweep {sweep!r} was run into {runs}; python run.py -m sweeps={sweep} does it")

@@ -55,7 +55,8 @@ def prepare(
     """Open the corpus's folder in `cache`, made first if it is not there or damaged; `say` hears of work only.
 
     Processes may call this at once: one works, the others wait and open what it made. Killed, the next goes on.
-    build=False: nothing is written; NotPrepared if it is not there. ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
+    build=False: nothing is written; NotPrepared if it is not there.
+    ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     try:
         # Another source, option, tokenizer library or code: another folder.

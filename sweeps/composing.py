@@ -58,9 +58,11 @@ class Composer:
 def jobs_of(words: Sequence[str]) -> tuple[Composer, list[list[str]]]:
     """The overrides of each job that `python run.py -m words` would have. Raises as Hydra does."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", list(words), return_hydra_config=True)
-        params = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
-        assert isinstance(params, dict)
         composer = Composer(GlobalHydra.instance().config_loader())
-    overrides = composer.parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *words])
-    return composer, BasicSweeper.split_arguments(overrides, None)[0]
+        given = composer.parser.parse_overrides(list(words))
+        single = [word for word, override in zip(words, given) if not override.is_sweep_override()]
+        config = compose("config", single, return_hydra_config=True)
+        params = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
+    assert isinstance(params, dict)
+    own = composer.parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+    return composer, BasicSweeper.split_arguments([*own, *given], None)[0]

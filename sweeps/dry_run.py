@@ -9,7 +9,7 @@ from tabulate import tabulate
 from data.prepare import NotPrepared
 from sweeps.estimate import Cost, Pace, cost
 from sweeps.job import duration
-from sweeps.plan import Planned
+from sweeps.plan import Planned, errors
 from sweeps.standing import standing
 from training.build import find_data
 from training.identity import provisional_id
@@ -24,9 +24,9 @@ def single(config: DictConfig) -> Planned:
     """One run's job. Raises ValueError as preflight does."""
     settings = read(config)
     try:
-        return Planned([], config, settings, open_run(settings, open_data=find_data))
+        return Planned([], None, settings, open_run(settings, open_data=find_data))
     except NotPrepared:
-        return Planned([], config, settings)
+        return Planned([], None, settings)
 
 
 def report(planned: Sequence[Planned]) -> int:
@@ -52,9 +52,9 @@ def report(planned: Sequence[Planned]) -> int:
     if rows:
         print(tabulate(rows, HEADERS, disable_numparse=True))
         print("\n" + summary(planned, rows, left, why))
-    invalid = [each for each in planned if each.error]
-    for each in invalid:
-        print(f"invalid: {each.name()}: {each.error}" if each.words else f"invalid: {each.error}")
+    invalid = errors(planned)
+    for line in invalid:
+        print(f"invalid: {line}")
     return 2 if invalid else 0
 
 

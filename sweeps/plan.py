@@ -18,7 +18,7 @@ from data.prepare import NotPrepared, Prepared
 from sweeps.job import Job
 from training.folder import has_weights
 from training.job import DIVERGED, FINISHED, open_run
-from training.preflight import read
+from training.preflight import read, read_like
 from training.run import Run
 from training.settings import Settings
 from training.start import is_called
@@ -37,9 +37,6 @@ class Planned:
     error: str = ""
     place: list[int] | None = None  # of a trial
 
-    def name(self) -> str:
-        return " ".join(filter_overrides(self.words))
-
 
 class Plan:
     """compose: overrides -> config; open_data: as training.job.open_run takes it."""
@@ -47,6 +44,7 @@ class Plan:
     def __init__(self, compose: Callable[[Sequence[str]], dict[str, Any]], open_data: Callable[[Settings], Prepared]):
         self.compose, self.open_data = compose, open_data
         self.jobs: list[Planned] = []
+        self.alike: dict[Any, tuple[dict[str, Any], Settings]] = {}  # arms as they were read
 
     def check(self, words: Sequence[str]) -> None:
         """Compose and check the job that the words describe, and those of all its trials."""
@@ -66,7 +64,12 @@ class Plan:
             if place is not None:
                 config["trial"] = job.place = list(place)
             settle(config, words)
-            job.settings = read(config, [each.settings for each in self.jobs if each.settings])
+            earlier = [each.settings for each in self.jobs if each.settings]
+            key = tuple(word for word in words if not word.startswith(("seed=", "table_seed=", "repeat=")))
+            if (key, place) in self.alike:
+                job.settings = read_like(config, self.alike[key, place], earlier)
+            job.settings = job.settings or read(config, earlier)
+            self.alike[key, place] = config, deepcopy(job.settings)
         except (OmegaConfBaseException, ValueError, OSError) as error:
             job.error = one_line(error)
         return job
@@ -106,7 +109,7 @@ class Plan:
                     yield self.checked(words, jobs[0].config or {}, place)
 
     def errors(self) -> list[str]:
-        return [f"{job.name()}: {job.error}" for job in self.jobs if job.error]
+        return errors(self.jobs)
 
     def require_valid(self) -> None:
         """ValueError with the first job's error."""
@@ -115,13 +118,24 @@ class Plan:
             raise ValueError(errors[0] + more)
 
 
+def errors(planned: Sequence[Planned]) -> list[str]:
+    """A line an invalid job: the overrides that set it apart, and what is wrong."""
+    common = set.intersection(*(set(job.words) for job in planned)) if len(planned) > 1 else set()
+    lines = []
+    for job in [job for job in planned if job.error]:
+        apart = [*(word for word in filter_overrides(job.words) if word not in common)]
+        apart += [f"trial={job.place}"] if job.place else []
+        lines.append(": ".join(filter(None, [" ".join(apart), job.error])))
+    return lines
+
+
 def needed(settings: Settings) -> str:
     """The run that this one starts from or reads; "" if there is none."""
     return settings.train.init_from or settings.router.get("baseline") or ""
 
 
 def ended_with(job: Planned) -> float | None:
-    """A trial's validation loss in nats per token, infinite if it diverged or is invalid; None while it has no result."""
+    """A trial's validation loss in nats per token, infinite if it diverged or is invalid; None without a result."""
     if job.run is None:
         return math.inf if job.error else None
     path = job.run.folder / "result.json"

@@ -188,7 +188,7 @@ def open_data(settings: Settings) -> Prepared:
 
 
 def find_data(settings: Settings) -> Prepared:
-    """The run's data, without writing anything. Raises NotPrepared if it is not prepared, ValueError if it cannot be."""
+    """The run's data, without writing anything. Raises NotPrepared if it is not prepared, ValueError as open_data."""
     found = _found_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
     if isinstance(found, NotPrepared):
         raise found

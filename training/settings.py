@@ -25,7 +25,7 @@ def if_routed(text: str, *, _root_: DictConfig) -> str:
     return text if _root_.router["_target_"] else ""
 
 
-# What yamls compute: F of a dense model over F of a sparse one with as many parameters, and what sweeps need of a scale.
+# What yamls compute: F of a dense model with as many parameters as a sparse one, and what sweeps need of a scale.
 OmegaConf.register_new_resolver("dense_ff_factor", dense_ff_factor, replace=True)
 OmegaConf.register_new_resolver("spread", spread, replace=True)
 OmegaConf.register_new_resolver("each_layer", lambda layers: ",".join(f"[{n}]" for n in range(layers)), replace=True)
