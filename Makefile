@@ -11,8 +11,7 @@ quickstart: .venv/installed
 	@$(BIN)/python run.py -m sweeps=quickstart
 	@$(BIN)/python -m analysis.report quickstart
 
-routers: .venv/installed  # every method once; some need a trained run of dense or of a learned router
-	@$(BIN)/python run.py -m router=dense,switch
+routers: .venv/installed  # every method once
 	@$(BIN)/python run.py -m sweeps=routers
 	@$(BIN)/python -m analysis.report routers
 

@@ -12,12 +12,16 @@ sys.path[:0] = [str(ROOT)]  # from any folder
 sys.path.append(str(ROOT / "sweeps"))  # Hydra finds plugins in sweeps/hydra_plugins
 
 import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from sweeps import dry_run  # noqa: E402
 from training import job  # noqa: E402
+from training.compose import apart  # noqa: E402
 from training.targets import one_line  # noqa: E402
+from training.tuning import settle  # noqa: E402
 
 
 @contextmanager
@@ -36,7 +40,8 @@ def errors_as_one_line() -> Iterator[None]:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def composed(config: DictConfig) -> None:
     with errors_as_one_line():
-        sys.exit(job.run(config))
+        settle(apart(config), HydraConfig.get().overrides.task)
+        sys.exit(dry_run.report([dry_run.single(config)]) if config.dry_run else job.run(config))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def read_study(name: str, folder: Path) -> Study:
     if not path.exists():
         raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
     record = _parse(path.read_text(), str(path))
-    rows = [read_run(folder, run) for run in dict.fromkeys(record["runs"])]
+    # a run may stand in many sweeps, in each under a label of its own; records from before that have names alone
+    cells = record.get("cells") or [{"run": run} for run in dict.fromkeys(record["runs"])]
+    rows = [read_run(folder, cell["run"]) | {key: cell[key] for key in cell if key != "run"} for cell in cells]
     outcomes = Counter(row["outcome"] for row in rows)
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"

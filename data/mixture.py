@@ -17,7 +17,7 @@ import tokenizers
 import torch
 
 from data.corpora import SPLITS, Corpus, Document
-from data.prepare import Part, Prepared, prepare
+from data.prepare import NotPrepared, Part, Prepared, prepare
 from data.records import digest_of, read_record, write_record
 from data.tokenizer import Dictionary
 
@@ -96,17 +96,20 @@ def _opened(name: str, part: Any) -> Corpus:
 
 
 def prepare_mixture(
-    mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print
+    mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print, build: bool = True
 ) -> Prepared:
-    """Each corpus prepared with the one dictionary. Raises ValueError as prepare does, and says of which corpus.
+    """Each corpus prepared with the one dictionary. Raises ValueError as prepare does, and says of which corpus;
+    build=False: as there.
 
     folder is the first corpus's, which has the dictionary; token_counts are scaled to the weights, as in training.
     """
-    dictionary = _one_dictionary(mixture, dictionary, cache, say)
+    dictionary = _one_dictionary(mixture, dictionary, cache, say, build)
     parts = []
     for name, corpus in mixture.corpora.items():
         try:
-            parts.append(Part(name, mixture.shares[name], prepare(corpus, dictionary, cache, say)))
+            parts.append(Part(name, mixture.shares[name], prepare(corpus, dictionary, cache, say, build)))
+        except NotPrepared:
+            raise
         except ValueError as error:
             raise ValueError(f"data.corpus.parts.{name}: {error}") from error
     first, total = parts[0].prepared, sum(part.share for part in parts)
@@ -118,11 +121,17 @@ def prepare_mixture(
     return Prepared(first.folder, fingerprint, first.vocab_size, counts, {}, splits, {}, tuple(parts))
 
 
-def _one_dictionary(mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None]) -> Dictionary:
+def _one_dictionary(
+    mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None], build: bool
+) -> Dictionary:
     """The dictionary, read from a file; it is trained on the mixture first if it is none that was made before."""
     if getattr(dictionary, "file", "needs none") is not None:
         return dictionary
     folder = cache / f"{digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__])[:32]}.dictionary"
+    if not build:
+        if not (folder / "record.json").exists():
+            raise NotPrepared(f"the mixture is not prepared in {cache}")
+        return dataclasses.replace(dictionary, file=str(folder / "tokenizer.json"))  # type: ignore[type-var]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -45,10 +45,17 @@ class Part(NamedTuple):
     prepared: Prepared
 
 
-def prepare(corpus: Corpus, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print) -> Prepared:
+class NotPrepared(ValueError):
+    """The corpus has not been prepared, and was not to be."""
+
+
+def prepare(
+    corpus: Corpus, dictionary: Dictionary, cache: Path, say: Callable[[str], None] = print, build: bool = True
+) -> Prepared:
     """Open the corpus's folder in `cache`, made first if it is not there or damaged; `say` hears of work only.
 
     Processes may call this at once: one works, the others wait and open what it made. Killed, the next goes on.
+    build=False: nothing is written; NotPrepared if it is not there.
     ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     try:
@@ -57,6 +64,10 @@ def prepare(corpus: Corpus, dictionary: Dictionary, cache: Path, say: Callable[[
         files |= {Path(inspect.getfile(type(part))) for part in (corpus, dictionary)}
         source, code = corpus.digest(), sorted(map(file_digest, files))
         folder = cache / digest_of([source, dictionary.digest(), tokenizers.__version__, code])[:32]
+        if not build:
+            if not folder.exists():
+                raise NotPrepared(f"the corpus is not prepared in {cache}")
+            return open_prepared(folder)
         cache.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -39,7 +39,7 @@ def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert
     which = f"table={router.name}" + (f" of {router.file}" if router.name == "file" else "")
     keys = f"{router.feature.size:,} keys" + (", the token ids" if isinstance(router.feature, Token) else "")
     head = [
-        f"{name}: feature={router.feature_name} ({keys}), {which}, {site.num_experts} experts, seed {site.seed}",
+        f"{name}: feature={router.feature_name} ({keys}), {which}, {site.num_experts} experts, seed {site.draws}",
         f"layers with a table: {layers} (sparse layers: {', '.join(map(str, site.sparse_layers))})",
         f"text: {' and '.join(texts)} (data {prepared.fingerprint[:12]})",
     ]

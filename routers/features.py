@@ -104,7 +104,7 @@ class Bigram(Feature):
 
     def __init__(self, site: Site, buckets: int):
         super().__init__(site, buckets)
-        self.register_buffer("salt", torch.tensor(site.seed))  # the keys go on with a checkpoint, as the table does
+        self.register_buffer("salt", torch.tensor(site.draws))  # the keys go on with a checkpoint, as the table does
         self.size = buckets
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -131,7 +131,7 @@ class Split(Feature):
 
     def __init__(self, site: Site, buckets: int):
         super().__init__(site, buckets)
-        self.register_buffer("salt", torch.tensor(site.seed))
+        self.register_buffer("salt", torch.tensor(site.draws))
         heavy = site.token_counts * 2 * site.num_experts > site.token_counts.sum()
         # (V,) where a heavy token's buckets begin, -1 for the others
         starts = torch.where(heavy, site.vocab_size + buckets * (heavy.cumsum(0) - 1), -1)

@@ -59,6 +59,7 @@ class Lookup(Router):
                 raise ValueError(f"{need} needs router.baseline=<run folder>; {command}")
         if table in (*OF_EMBEDDINGS, "distilled") and not self.feature.is_token:
             raise ValueError(f"router.table={table} needs a feature whose keys are tokens; got {feature}")
+        self.imitates = table == "distilled"
         self.feature_name, self.name, self.per_layer, self.file = feature, table, per_layer, file
 
     def draw(self, column: int, k: int) -> Tensor:
@@ -67,7 +68,7 @@ class Lookup(Router):
         if self.site.training_text is None and not sized:
             return torch.zeros(self.feature.size, k, dtype=torch.int64)
         place = self.site.layer if self.per_layer else "every layer"
-        draws = generator(self.site.seed, "router", place, "table", column)
+        draws = generator(self.site.draws, "router", place, "table", column)
         counts = self.feature.counts()
         table = TABLES[self.name](tables.Keys(counts, self.site, draws, k, self.file))
         tables.check_table(table, self.site.num_experts)

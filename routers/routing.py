@@ -71,7 +71,13 @@ class Site:
     sparse_layers: tuple[int, ...]  # in rising order; layer is one of them
     training_text: Callable[[], Iterable[Batch]] | None = field(default=None, repr=False)  # None: options are checked
     baseline: nn.Module | None = field(default=None, repr=False)  # the trained model that router.baseline names
+    table_seed: int | None = None  # of hash tables and hashed features; None: the seed, which is of all else
     in_encoder: bool = False  # the tokens it sees are the encoder's, batch.routed(in_encoder)
+
+    @property
+    def draws(self) -> int:
+        """The seed of tables and hashed features."""
+        return self.seed if self.table_seed is None else self.table_seed
 
     def generator(self, *names: object) -> torch.Generator:
         """A generator seeded by (seed, layer, names) alone."""
@@ -90,6 +96,7 @@ class Router(nn.Module):
     fixed_flops: int = 0  # the same, of what does not learn and has no backward pass
     trains_differently: bool = False  # routes otherwise in training than in evaluation: both are evaluated
     uses_prediction: bool = False  # reads tokens.predicted, the baseline's argmax of the next token
+    imitates: bool = False  # is drawn from the routing of router.baseline, a run with a routed layer where it stands
     even_loads: bool = False  # in training the loads of a routing group differ by at most one
     follows_load: bool = False  # after_step evens the loads
     load_bound: float | None = None  # of the fullest expert over the mean, on the training text, for each segment

@@ -116,7 +116,7 @@ def write(
 ) -> None:
     """The whole file or nothing, with what it was drawn from as metadata."""
     metadata = {"feature": lookup.feature_name, "table": lookup.name, "layer": layers}
-    metadata |= {"num_experts": str(settings.num_experts), "seed": str(settings.seed)}
+    metadata |= {"num_experts": str(settings.num_experts), "seed": str(settings.table_seed)}
     metadata |= {"data_fingerprint": prepared.fingerprint}
     partial = out.with_name(out.name + ".partial")
     try:

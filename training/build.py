@@ -4,6 +4,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from data.batches import Batch, evaluation_batches
 from data.mixed_batches import open_split
 from data.mixture import Mixture, prepare_mixture
-from data.prepare import Prepared, prepare
+from data.prepare import NotPrepared, Prepared, prepare
 from data.source import divided, positions
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
@@ -51,6 +52,7 @@ def make_router(
         end=END,
         routing_group=settings.train.routing_group,
         seed=settings.seed,
+        table_seed=settings.table_seed,
         sequence_length=length or settings.data.sequence_length,
         sparse_layers=tuple(sorted(settings.model.sparse_layers)),
         training_text=training_text,
@@ -102,30 +104,55 @@ def make_model(
 
     baseline: the trained model that settings.router["baseline"] names.
     """
+    dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32
+    path = choose_path(settings.model.dispatch, device, dtype)
+    router, read = router_maker(settings, prepared, baseline), source_length(settings, prepared)
+    return _assembled(settings, prepared.vocab_size, router, path, baseline, read)
+
+
+def outline(settings: Settings, vocab_size: int, source_length: int | None = None) -> Transformer:
+    """The model on the meta device, which counts and has no values: its tables are zeros, a baseline is a dense model
+    of its size. Raises ValueError as make_model does, but for what the text decides."""
+    counts, baseline = torch.ones(vocab_size, dtype=torch.int64), None
+    with torch.device("meta"):
+        if settings.router.get("baseline"):
+            baseline = outline(replace(settings, router={"_target_": None}), vocab_size, source_length)
+
+        def router(layer: int) -> Router:
+            with torch.device("cpu"):
+                return make_router(settings, layer, counts, baseline=baseline)
+
+        return _assembled(settings, vocab_size, router, "loop", baseline, source_length)
+
+
+def _assembled(
+    settings: Settings,
+    vocab_size: int,
+    router: Callable[[int], Router],
+    path: str,
+    baseline: Transformer | None,
+    source_length: int | None,
+) -> Transformer:
     options = {key: value for key, value in settings.experts.items() if key != "num_shared"}
     experts, options = target(options | ({"biases": True} if settings.model.biases else {}), skip=4)
     model, routed = settings.model.scaled(), settings.router["_target_"] is not None
-    length, router = settings.data.sequence_length, router_maker(settings, prepared, baseline)
 
     def make_experts(count: int, d_ff: int) -> ExpertLayer:
         return experts(count, model.d_model, d_ff, model.activation, **options)
 
-    sizes = prepared.vocab_size, length, settings.num_experts
-    dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32
-    path = choose_path(model.dispatch, device, dtype)
-    shared, masked = settings.experts["num_shared"], settings.data.mask_documents
-    first_values = settings.seed
     return Transformer(
         model,
-        *sizes,
+        vocab_size,
+        settings.data.sequence_length,
+        settings.num_experts,
         router if routed else None,
         make_experts,
-        first_values,
+        settings.seed,
         path,
-        shared,
-        masked,
+        settings.experts["num_shared"],
+        settings.data.mask_documents,
         baseline,
-        source_length(settings, prepared),
+        source_length,
     )
 
 
@@ -157,15 +184,31 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
 
 def open_data(settings: Settings) -> Prepared:
     """The run's data, prepared if need be. Raises ValueError for unusable data."""
-    return _open_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
+    return _open_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache, True)
+
+
+def find_data(settings: Settings) -> Prepared:
+    """The run's data, without writing anything. Raises NotPrepared if it is not prepared, ValueError as open_data."""
+    found = _found_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
+    if isinstance(found, NotPrepared):
+        raise found
+    return found
+
+
+@functools.cache
+def _found_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared | NotPrepared:
+    try:
+        return _open_data(corpus_node, tokenizer_node, cache, False)
+    except NotPrepared as error:
+        return error
 
 
 @functools.cache  # the jobs of a sweep mostly share their data
-def _open_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared:
+def _open_data(corpus_node: str, tokenizer_node: str, cache: str, build: bool) -> Prepared:
     kind, options = target(json.loads(corpus_node))
     dictionary, corpus = make_dictionary(json.loads(tokenizer_node)), kind(**options)
     make = prepare_mixture if isinstance(corpus, Mixture) else prepare
-    return make(corpus, dictionary, Path(cache).expanduser())
+    return make(corpus, dictionary, Path(cache).expanduser(), build=build)
 
 
 def make_dictionary(node: dict[str, Any]) -> Dictionary:

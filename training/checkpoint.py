@@ -148,7 +148,11 @@ class LoadedRun(NamedTuple):
 
 def require_same_data(folder: Path, prepared: Prepared) -> None:
     """Raises ValueError if the run was trained on other tokens, and so with another dictionary."""
-    trained_on = json.loads((folder / "provenance.json").read_text())["data"]["fingerprint"]
+    require_same_tokens(folder, json.loads((folder / "provenance.json").read_text())["data"]["fingerprint"], prepared)
+
+
+def require_same_tokens(folder: Path, trained_on: str, prepared: Prepared) -> None:
+    """The same, of a run whose data has the fingerprint trained_on."""
     if trained_on != prepared.fingerprint:
         rule = "another corpus or dictionary than this one"
         raise ValueError(f"{folder} was trained on data {trained_on[:12]}, {rule}, {prepared.fingerprint[:12]}")

@@ -8,7 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from training.tuning import settle
+
 ROOT = Path(__file__).resolve().parent.parent
+FROM_HYDRA = ("arm", "scale", "sweep", "space")  # keys that mostly name a choice of Hydra's
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -20,7 +23,14 @@ def composed(overrides: list[str]) -> DictConfig:
         warnings.simplefilter("ignore")
         config = compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)  # of which arm, scale and sweep are read
+    settle(apart(config), overrides)
+    return config
+
+
+def apart(config: DictConfig) -> DictConfig:
+    """A composed config without Hydra's node, what is read of which is set. In place."""
     with open_dict(config):
-        config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep
-        del config["hydra"]
+        for key in FROM_HYDRA:
+            config[key] = config[key]
+        config.pop("hydra", None)
     return config

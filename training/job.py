@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,35 @@ from omegaconf import DictConfig
 from data.corpora import SPLITS
 from data.dictionary_files import find_dictionary
 from data.mixed_batches import MixedSplit, open_split, training_batches
+from data.prepare import Prepared
 from training import checkpoint
 from training.build import open_data, source_length
 from training.folder import held, is_finished, write_atomically
+from training.identity import digest_of
 from training.loop import Diverged, Interrupted, Trainer, stop_requests
 from training.preflight import check_routers, read
 from training.recorder import Recorder
-from training.session import Run, Session, open_session
-from training.settings import Settings, digest_of
-from training.start import require_same_dictionary, take_dictionary
+from training.run import Run
+from training.session import Session, open_session
+from training.settings import Settings
+from training.start import earlier, require_same_dictionary, take_dictionary
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
 
-def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # noqa: B006
-    """Prepare the data if need be and name the folder. planned: of the sweep's earlier jobs, see start.take_dictionary.
+def open_run(
+    settings: Settings, planned: Sequence[Run] = (), open_data: Callable[[Settings], Prepared] = open_data
+) -> Run:
+    """Prepare the data if need be and name the folder. planned: the sweep's earlier jobs, one of which may make the run
+    that this one starts from or reads. open_data: training.build.find_data prepares none.
 
     Raises ValueError for unusable data, and for another dictionary than that of the run it starts from.
     """
-    tuned, baseline = settings.train.init_from is not None, settings.router.get("baseline")
-    if tuned:
+    if settings.train.init_from is not None:
         take_dictionary(settings, planned)
     prepared = open_data(settings)
-    if baseline and tuned:  # what it was drawn from is the first run's
-        require_same_dictionary(find_dictionary(baseline), prepared.folder, f"router.baseline={baseline}")
-    elif baseline:
-        checkpoint.require_same_data(Path(baseline), prepared)
+    if settings.router.get("baseline"):
+        _take_baseline(settings, prepared, planned)
     source_length(settings, prepared)  # which dialogues do not take
     check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
@@ -51,8 +54,30 @@ def open_run(settings: Settings, planned: Mapping[Path, Path] = {}) -> Run:  # n
     if settings.train.epochs is not None:
         windows = settings.train.epochs * splits["train"].full
         settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
-    name = f"{settings.arm}-s{settings.seed}-{digest_of(settings, prepared.fingerprint)}"
-    return Run(settings, prepared, splits, Path(settings.runs).expanduser().absolute() / name)
+    return Run(settings, prepared, splits, _folder(settings, digest_of(settings, prepared.fingerprint), planned))
+
+
+def _take_baseline(settings: Settings, prepared: Prepared, planned: Sequence[Run]) -> None:
+    """router.baseline becomes a folder, of a run that was trained on this data; or, where this run starts from another
+    one whose tables were drawn from it, with this dictionary. ValueError if it was not."""
+    baseline = settings.router["baseline"]
+    if maker := earlier(baseline, planned):
+        settings.router["baseline"] = str(maker.folder)
+        checkpoint.require_same_tokens(maker.folder, maker.prepared.fingerprint, prepared)
+    elif settings.train.init_from is not None:
+        require_same_dictionary(find_dictionary(baseline), prepared.folder, f"router.baseline={baseline}")
+    else:
+        checkpoint.require_same_data(Path(baseline), prepared)
+
+
+def _folder(settings: Settings, digest: str, planned: Sequence[Run]) -> Path:
+    """Of the run with this id: where one of an earlier job or one on the disk has it, under whatever arm's name."""
+    runs = Path(settings.runs).expanduser().absolute()
+    made = [run.folder for run in planned if run.folder.name.endswith(f"-{digest}")]
+    return next(
+        iter(made or sorted(runs.glob(f"*-s{settings.seed}-{digest}"))),
+        runs / f"{settings.arm}-s{settings.seed}-{digest}",
+    )
 
 
 def run(config: DictConfig) -> int:

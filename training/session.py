@@ -3,15 +3,13 @@
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.batches import Split
 from data.mixed_batches import MixedSplit
-from data.prepare import Prepared
 from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, precision
@@ -20,18 +18,9 @@ from training.folder import require_space
 from training.loop import Diverged, Progress
 from training.optimizer import freeze, make_optimizer, trained
 from training.provenance import provenance
-from training.settings import Settings
+from training.run import Run
 
 SPLITS = {"val": "validation", "test": "test"}  # name of the figures -> split
-
-
-class Run(NamedTuple):
-    """A run as settings and data, with the folder that belongs to it."""
-
-    settings: Settings
-    prepared: Prepared
-    splits: dict[str, Split | MixedSplit]
-    folder: Path
 
 
 @dataclass

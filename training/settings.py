@@ -1,15 +1,12 @@
-"""The resolved configuration as typed values with their rules, and a run's id. Defaults live in conf/ alone."""
+"""The resolved configuration as typed values with their rules. Defaults live in conf/ alone."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from data import corpora
 from models.settings import ModelSettings
 
 
@@ -18,8 +15,22 @@ def dense_ff_factor(experts: int, sparse: list[int], layers: int, encoders: int,
     return round(d_ff * (1 + len(sparse) * (experts - 1) / (layers + encoders)) / 8) * 8 / d_ff
 
 
-# F of a dense model over F of a sparse one with as many parameters (conf/router/dense_equal_parameters.yaml).
+def spread(count: int, layers: int) -> list[int]:
+    """count layers at even distances, all of them if there are fewer: 5 of 11 are 1, 3, 5, 7, 9."""
+    return [(2 * place + 1) * layers // (2 * count) for place in range(count)] if count < layers else [*range(layers)]
+
+
+def if_routed(text: str, *, _root_: DictConfig) -> str:
+    """The end of an arm's label that says nothing of a dense model."""
+    return text if _root_.router["_target_"] else ""
+
+
+# What yamls compute: F of a dense model with as many parameters as a sparse one, and what sweeps need of a scale.
 OmegaConf.register_new_resolver("dense_ff_factor", dense_ff_factor, replace=True)
+OmegaConf.register_new_resolver("spread", spread, replace=True)
+OmegaConf.register_new_resolver("each_layer", lambda layers: ",".join(f"[{n}]" for n in range(layers)), replace=True)
+OmegaConf.register_new_resolver("times", lambda value, factor: round(value * factor), replace=True)
+OmegaConf.register_new_resolver("if_routed", if_routed, replace=True)
 
 Rule = tuple[str, Callable[[Any], bool]]  # what preflight asks of a value besides its type: in words, and as a test
 
@@ -68,6 +79,7 @@ class TrainSettings:
     update: Annotated[str, one_of("all", "sparse", "all_but_sparse")]
     epochs: Annotated[float | None, within(1e-6)]
     patience: Annotated[int | None, within(1)]
+    horizon: Annotated[float, within(1e-6)] = 1
 
 
 @dataclass
@@ -104,29 +116,10 @@ class Settings:
     train: TrainSettings
     record: RecordSettings
     wandb: WandbSettings
-
-
-# What cannot change a run's result; all else is in its id. The data's fingerprint stands for corpus and tokenizer.
-NOT_IN_ID = ("arm", "scale", "sweep", "device", "runs", "extra_packages", "record", "wandb", "tokenizer")
-
-# Options that came later, and the value that changes nothing: runs from before them keep their ids.
-ADDED = {"encoder_layers": 0, "sparse_in": "decoder", "biases": False, "num_positions": None}
-ADDED_TO_ROUTERS = {"solver": "auto"}
-
-
-def digest_of(settings: Settings, data_fingerprint: str) -> str:
-    """The run's id: eight hexadecimal digits of all that can change the result."""
-    content = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IN_ID}
-    for group, key in (("router", "baseline"), ("train", "init_from")):
-        if content[group].get(key):
-            content[group][key] = Path(content[group][key]).name  # which run, wherever it lies
-    content["train"].pop("epochs")  # steps follow from it
-    if settings.train.patience is not None:  # validations decide when to stop
-        content["train"]["evaluate_every"] = settings.record.evaluate_every
-    windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
-    if content["model"]["encoder_layers"]:
-        windows["source_length"] = content["data"]["source_length"]
-    content["model"] = {key: v for key, v in content["model"].items() if ADDED.get(key, ...) != v}
-    content["router"] = {key: v for key, v in content["router"].items() if ADDED_TO_ROUTERS.get(key, ...) != v}
-    content["data"] = windows | {"fingerprint": data_fingerprint}
-    return corpora.digest_of(content)[:8]
+    # later than the rest, with what they were in runs from before them
+    table_seed: Annotated[int | None, within(0)] = None
+    repeat: Annotated[int, within(0)] = 0
+    trial: list[int] | None = None
+    tuned: str | None = None
+    space: str | None = None
+    dry_run: bool = False

@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +11,10 @@ from typing import Any
 import yaml
 
 from data.dictionary_files import find_dictionary
+from training.compose import ROOT
 from training.folder import has_weights, is_finished
+from training.identity import without_unused
+from training.run import Run
 from training.settings import Settings
 
 OF_THE_MODEL = ("num_experts", "experts", "model", "router")
@@ -35,20 +38,43 @@ def absolute(pattern: str) -> str:
     return str(Path(pattern).expanduser().absolute())
 
 
-def planned_start(settings: Settings, planned: Iterable[Settings]) -> Settings | None:
-    """Of the earlier jobs of a sweep, the one that makes the run which train.init_from names: it comes before what
-    lies on the disk. The ids are not known yet. ValueError if several do."""
-    wanted = absolute(settings.train.init_from or "")
-    # an id is eight digits, of which a glob that names a run by arm and seed says nothing
-    makers = [each for each in planned if fnmatch(f"{absolute(each.runs)}/{each.arm}-s{each.seed}-{'0' * 8}", wanted)]
+def planned_run(key: str, pattern: str, planned: Sequence[Settings]) -> Settings | None:
+    """Of the earlier jobs of a sweep, the one that makes the run which the key names: it comes before what lies on the
+    disk. The ids are not known yet. ValueError if several do."""
+    makers = {(each.arm, each.seed): each for each in reversed(planned) if is_called(each, pattern)}
     if len(makers) > 1:
-        names = ", ".join(f"{each.arm}-s{each.seed}" for each in makers)
-        rule = "must name one run; of this sweep's earlier jobs it fits several"
-        raise ValueError(f"train.init_from={settings.train.init_from} {rule}: {names}")
-    return makers[0] if makers else None
+        names = ", ".join(f"{arm}-s{seed}" for arm, seed in reversed(makers))
+        raise ValueError(f"{key}={pattern} must name one run; of this sweep's earlier jobs it fits several: {names}")
+    return next(iter(makers.values()), None)
 
 
-def check_start(settings: Settings, planned: Iterable[Settings]) -> None:
+def is_called(settings: Settings, pattern: str) -> bool:
+    """The pattern fits a run of this arm and seed: an id is eight digits, of which it says nothing."""
+    return fnmatch(f"{absolute(settings.runs)}/{settings.arm}-s{settings.seed}-{'0' * 8}", absolute(pattern))
+
+
+def find_baseline(settings: Settings, planned: Sequence[Settings]) -> dict[str, Any] | None:
+    """router.baseline becomes the run that it names, and stays a glob while an earlier job of the sweep has to make it.
+
+    The settings of that run; None if no baseline is asked for. Raises ValueError, in one line, for no such run.
+    """
+    pattern = settings.router.get("baseline")
+    if pattern is None:
+        return None
+    maker = planned_run("router.baseline", pattern, planned)
+    if maker is not None:
+        return asdict(maker)
+    arm = Path(pattern).name.partition("-s")[0]  # of a run folder's name; else of a dense run, which most ask for
+    made_by = arm if (ROOT / "conf" / "router" / f"{arm}.yaml").exists() else "dense"
+    remedy = (
+        f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
+    )
+    folder = find_run("router.baseline", pattern, remedy)
+    settings.router["baseline"] = str(folder)
+    return config_of(folder)
+
+
+def check_start(settings: Settings, planned: Sequence[Settings]) -> None:
     """train.init_from becomes the run that it names, and stays a glob while an earlier job of the sweep has to make it.
 
     Raises ValueError, in one line, for no such run or another model than this one.
@@ -56,7 +82,7 @@ def check_start(settings: Settings, planned: Iterable[Settings]) -> None:
     pattern = settings.train.init_from
     if pattern is None:
         return
-    maker = planned_start(settings, planned)
+    maker = planned_run("train.init_from", pattern, planned)
     if maker is not None:
         require_same_model(settings, asdict(maker), pattern)
         return
@@ -74,7 +100,7 @@ def require_same_model(settings: Settings, first: dict[str, Any], name: str) -> 
     """first: the settings of the run called name. ValueError that names the key in which the models differ; of a
     router's options coefficients, factors and rates (what has a fraction, or is null) may."""
     mine = asdict(settings)
-    both = [(key, mine[key], first[key]) for key in OF_THE_MODEL]
+    both = [(key, *(without_unused(run).get(key) for run in (mine, first))) for key in OF_THE_MODEL]
     both += [("tokenizer._target_", mine["tokenizer"]["_target_"], first["tokenizer"]["_target_"])]
     both += [(f"data.{key}", mine["data"].get(key), first["data"].get(key)) for key in OF_THE_DATA]
     for key, here, there in both:
@@ -93,10 +119,10 @@ def differences(place: str, one: Any, other: Any) -> Iterable[tuple[str, Any, An
         yield place, one, other
 
 
-def take_dictionary(settings: Settings, planned: Mapping[Path, Path]) -> None:
+def take_dictionary(settings: Settings, planned: Sequence[Run]) -> None:
     """train.init_from becomes a folder, and tokenizer.file the prepared data with that run's dictionary.
 
-    planned: run folder -> prepared folder, of the sweep's earlier jobs, which need not have run. Raises ValueError if
+    planned: the sweep's earlier jobs, which need not have run. Raises ValueError if
     the dictionary is gone, or if tokenizer.file names another one.
     """
     folder, dictionary = _start_of(settings, planned)
@@ -120,9 +146,13 @@ def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
         raise ValueError(f"{name} must have the dictionary of {prepared}; it has another one")
 
 
-def _start_of(settings: Settings, planned: Mapping[Path, Path]) -> tuple[Path, Path]:
-    wanted = absolute(settings.train.init_from or "")
-    for folder, prepared in planned.items():
-        if str(folder) == wanted or fnmatch(str(folder), wanted):
-            return folder, prepared
-    return Path(wanted), find_dictionary(wanted).parent
+def _start_of(settings: Settings, planned: Sequence[Run]) -> tuple[Path, Path]:
+    wanted = settings.train.init_from or ""
+    if maker := earlier(wanted, planned):
+        return maker.folder, maker.prepared.folder
+    return Path(absolute(wanted)), find_dictionary(wanted).parent
+
+
+def earlier(name: str, planned: Sequence[Run]) -> Run | None:
+    """Of the sweep's earlier jobs the one whose folder this is, or whose arm and seed the glob fits."""
+    return next((run for run in planned if str(run.folder) == absolute(name) or is_called(run.settings, name)), None)

@@ -4,23 +4,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from sweeps.job import Job
+from sweeps import dry_run
+from sweeps.composing import Composer
 from sweeps.job_queue import Queue
+from sweeps.plan import Plan, Planned, jobs_to_run
+from training.build import find_data, open_data
 from training.folder import write_atomically
-from training.job import DIVERGED, FINISHED, open_run, run
-from training.preflight import read
-from training.settings import Settings
+from training.job import run
+from training.tuning import described
 
 # What a job imports only on its way, in about 3 s: run.py's part, the optimizer's, and wandb's.
 PRELOAD = ("hydra", "torch._dynamo", "wandb", "wandb.sdk.launch.inputs.internal")
@@ -38,36 +38,24 @@ class LocalQueue(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        checked: list[Settings] = []
-        for overrides in job_overrides:
-            checked.append(self.check(overrides, checked))
-        jobs: dict[Path, Job] = {}  # by folder: two overrides may compose to one run, which is then one job
-        planned: dict[Path, Path] = {}
-        for settings in checked:
-            opened = open_run(settings, planned)
-            planned[opened.folder] = opened.prepared.folder
-            start = Path(opened.settings.train.init_from or "")
-            job = Job(opened.folder, DictConfig(asdict(opened.settings)), after=jobs.get(start))
-            if result := job.result():  # a diverged run is not tried again, and never counts as finished
-                job.status = FINISHED if result["outcome"] == "finished" else DIVERGED
-            jobs.setdefault(job.folder, job)
-        record(checked[0], list(jobs.values()))
-        queue = Queue(list(jobs.values()), self.slots(checked[0].device), run, PRELOAD, self.grace_seconds)
+        compose = Composer(self.hydra_context.config_loader, self.config.hydra.overrides.hydra)
+        plan = Plan(compose, find_data if self.config.dry_run else open_data)
+        for words in job_overrides:
+            plan.check(words)
+        if self.config.dry_run:
+            plan.open()
+            raise SystemExit(dry_run.report(plan.jobs))
+        plan.require_valid()  # before any text is prepared
+        plan.open()
+        plan.require_valid()
+        jobs = jobs_to_run(plan.jobs)
+        record(plan.jobs)
+        settings = plan.jobs[0].settings
+        assert settings is not None
+        queue = Queue(jobs, self.slots(settings.device), run, PRELOAD, self.grace_seconds)
         if status := queue.run():
             raise SystemExit(status)
         return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=0) for overrides in job_overrides]
-
-    def check(self, overrides: Sequence[str], earlier: Sequence[Settings]) -> Settings:
-        """The settings that the overrides compose to; earlier: those of the jobs before it, one of which may make the
-        run that it starts from. Raises ValueError that names the job and the rule."""
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        HydraConfig.instance().set_config(composed)  # for ${hydra:...}
-        with open_dict(composed):
-            del composed["hydra"]
-        try:
-            return read(composed, earlier)
-        except ValueError as error:
-            raise ValueError(f"{' '.join(filter_overrides(overrides))}: {error}") from error
 
     def slots(self, device: str) -> list[dict[str, str]]:
         """The environment of each slot's jobs. Counting GPUs does not initialise CUDA."""
@@ -78,18 +66,33 @@ class LocalQueue(Launcher):
 
 
 class LocalSweeper(BasicSweeper):
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Nothing, where Hydra's composes each job to see that it composes: the launcher does that with all."""
+    """Hydra's own, but it writes nothing, and does not compose each job to see that it composes: the launcher does."""
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        assert self.hydra_context is not None and self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        return [self.launcher.launch(batch, 0) for batch in self.split_arguments(overrides, self.max_batch_size)]
 
 
-def record(settings: Settings, jobs: list[Job]) -> None:
-    """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, and which were made for these to start from."""
-    first = {job.after.folder.name for job in jobs if job.after is not None}
-    runs = [job.folder.name for job in jobs if job.folder.name not in first]
+def record(planned: Sequence[Planned]) -> None:
+    """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, under which arm's label and seed, and which were
+    made for these to start from."""
+    named = [(job.settings, job.run.folder) for job in planned if job.settings and job.run]
+    starts = {str(settings.train.init_from) for settings, _ in named}
+    cells = {}  # a grid may give a cell twice: a dense run for each number of experts
+    for settings, folder in named:
+        if str(folder) not in starts:
+            cell = {"arm": settings.arm, "seed": settings.seed, "run": folder.name}
+            cell |= {"table_seed": settings.table_seed, "repeat": settings.repeat}
+            cells[json.dumps(cell)] = cell | described(settings)
+    settings, folder = named[0]
+    runs = list(dict.fromkeys(cell["run"] for cell in cells.values()))
     content = {"sweep": settings.sweep or "sweep", "scale": settings.scale, "command": ["python", *sys.argv]}
-    content |= {"runs": runs, "started_from": sorted(first)}
-    path = jobs[0].folder.parent / "sweeps" / f"{content['sweep']}.json"
+    content |= {"cells": list(cells.values()), "runs": runs}
+    content["started_from"] = sorted(folder.name for _, folder in named if str(folder) in starts)
+    path = folder.parent / "sweeps" / f"{content['sweep']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and set(json.loads(path.read_text())["runs"]) != set(runs):
+    if path.exists() and not set(json.loads(path.read_text())["runs"]) <= set(runs):
         print(f"{path} listed other runs and is written over; sweep=NAME gives this sweep a name of its own")
     write_atomically(path, json.dumps(content, indent=1))

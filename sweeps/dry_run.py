@@ -1,0 +1,81 @@
+"""`dry_run=true`: what a run or a sweep would do, as a table. Nothing is written or started."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from data.prepare import NotPrepared
+from sweeps.estimate import Cost, Pace, cost
+from sweeps.job import duration
+from sweeps.plan import Planned, errors
+from sweeps.standing import standing
+from training.build import find_data
+from training.identity import provisional_id
+from training.job import open_run
+from training.preflight import read
+from training.settings import Settings
+
+HEADERS = ["arm", "seed", "run", "parameters\nactive / total", "GFLOPs\na token", "tokens", "memory", "time", "state"]
+
+
+def single(config: DictConfig) -> Planned:
+    """One run's job. Raises ValueError as preflight does."""
+    settings = read(config)
+    try:
+        return Planned([], None, settings, open_run(settings, open_data=find_data))
+    except NotPrepared:
+        return Planned([], None, settings)
+
+
+def report(planned: Sequence[Planned]) -> int:
+    """Print the table. Exit status: 0, or 2 if a job is invalid, each of which is named."""
+    rows, known, left, why = [], {}, {}, set()
+    pace = {each.settings.runs: Pace(Path(each.settings.runs)) for each in planned if each.settings}
+    for each in planned:
+        if (settings := each.settings) is None:
+            continue
+        try:
+            key = counted(settings)
+            known[key] = known.get(key) or cost(settings, each.run)
+        except ValueError as error:
+            each.error = str(error)
+            continue
+        seconds, basis = pace[settings.runs].seconds(settings, known[key])
+        name = each.run.folder.name if each.run else f"(id {provisional_id(settings)})"
+        state = standing(each.run.folder) if each.run else "left"
+        rows.append([settings.arm, settings.seed, name, *figures(known[key]), duration(seconds), state])
+        if state != "done":
+            why.add(basis)
+            left[name] = seconds
+    if rows:
+        print(tabulate(rows, HEADERS, disable_numparse=True))
+        print("\n" + summary(planned, rows, left, why))
+    invalid = errors(planned)
+    for line in invalid:
+        print(f"invalid: {line}")
+    return 2 if invalid else 0
+
+
+def counted(settings: Settings) -> str:
+    """Equal for settings that cost the same."""
+    parts = settings.model, settings.experts, settings.router, settings.num_experts, settings.tokenizer, settings.data
+    return repr((*parts, settings.train.steps, settings.train.batch_size, settings.train.micro_batch))
+
+
+def figures(cost: Cost) -> list[str]:
+    parameters = f"{cost.active / 1e6:.1f}M / {cost.total / 1e6:.1f}M"
+    return [parameters, f"{cost.flops / 1e9:.3f}", f"{cost.tokens / 1e6:.1f}M", f"{cost.memory / 1e9:.1f} GB"]
+
+
+def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float], why: set[str]) -> str:
+    runs = {row[2]: row[-1] for row in rows}
+    done = sum(state == "done" for state in runs.values())
+    lines = [f"{len(planned)} jobs, {len(runs)} runs: {done} done, {len(left)} to make"]
+    if left:
+        lines[0] += f" in about {duration(sum(left.values()))} one after the other"
+        lines.append(f"Time and memory are estimates; time from {' and '.join(sorted(why))}.")
+    if any(each.settings and not each.run for each in planned):
+        lines.append("Its text is not prepared yet: ids, and which runs are done, are known when it is.")
+    return "\n".join(lines)

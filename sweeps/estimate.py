@@ -1,0 +1,78 @@
+"""What a run will cost: counted on the meta device, and its time and memory estimated.
+
+T tokens of a micro-batch, L layers, V vocabulary
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from training.build import choose_device, make_dictionary, outline, precision
+from training.run import Run
+from training.settings import Settings
+
+# Where no run of the scale has finished: FLOPs a second, and seconds to start, compile and evaluate. Of an H200 some
+# three quarters of what scale=small reaches there (LOG.md), of a CPU two cores.
+ASSUMED = {"cuda": (2.5e14, 60.0), "cpu": (3e10, 10.0)}
+
+
+class Cost(NamedTuple):
+    active: int  # parameters
+    total: int
+    flops: int  # matrix products of a training token
+    tokens: int  # of training
+    memory: float  # bytes, estimated
+
+
+def cost(settings: Settings, run: Run | None) -> Cost:
+    """Raises ValueError as the model's parts do. run: None while the data is not prepared; then a dictionary of words
+    counts as one of 65,536 entries."""
+    vocab_size = run.prepared.vocab_size if run else make_dictionary(settings.tokenizer).size() or 65_536
+    data, train, sizes = settings.data, settings.train, settings.model.scaled()
+    source = (data.source_length or data.sequence_length // 2) if settings.model.encoder_layers else None
+    model = outline(settings, vocab_size, source)
+    counts = model.parameter_counts()
+    each = 2 if precision(settings, choose_device(settings)) == "bf16" else 4  # bytes of an activation
+    rows = (train.micro_batch or train.batch_size) * data.sequence_length
+    # weights, gradients and two moments; per layer what attention and FFN keep for the backward pass; logits twice.
+    # Within a tenth of the 6.2 GB and 8.0 GB that dense and hash took at scale=small on an H200 (LOG.md).
+    layers = sizes.num_layers + sizes.encoder_layers
+    memory = 16 * counts["total"] + rows * (layers * each * (6 * sizes.d_model + 2 * sizes.d_ff) + 8 * vocab_size)
+    tokens = train.steps * train.batch_size * data.sequence_length
+    return Cost(counts["active"], counts["total"], model.train_flops_per_token(), tokens, memory)
+
+
+@dataclass
+class Pace:
+    """Seconds of runs to come, from those that have finished in a folder."""
+
+    runs: Path
+    seen: dict[tuple[str, str | None], list[tuple[float, float]]] = field(default_factory=dict)  # FLOPs, seconds
+
+    def __post_init__(self) -> None:
+        for path in self.runs.expanduser().glob("*/result.json"):
+            result = json.loads(path.read_text())
+            if result.get("outcome") != "finished" or not (path.parent / "config.yaml").exists():
+                continue
+            config = yaml.load((path.parent / "config.yaml").read_text(), Loader=LOADER)
+            kind = config["scale"], config["router"]["_target_"]
+            flops = result["train_flops_per_token"] * result["tokens"]
+            self.seen.setdefault(kind, []).append((flops, result["seconds"]))
+
+    def seconds(self, settings: Settings, cost: Cost) -> tuple[float, str]:
+        """And on what they rest: runs of this scale and router, of this scale, or nothing but ASSUMED."""
+        scale, router = settings.scale, settings.router["_target_"]
+        alike = self.seen.get((scale, router))
+        of_scale = [each for (name, _), runs in self.seen.items() if name == scale for each in runs]
+        flops = cost.flops * cost.tokens
+        if known := alike or of_scale:
+            rate = sum(seconds for _, seconds in known) / sum(flops for flops, _ in known)
+            return rate * flops, "finished runs of the router" if alike else "finished runs of the scale"
+        speed, fixed = ASSUMED[choose_device(settings).type]
+        return fixed + flops / speed, "an assumed speed"
+
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster

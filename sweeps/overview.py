@@ -1,0 +1,81 @@
+"""All sweeps: how many jobs each has, how they stand, and the time that is still needed."""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from tabulate import tabulate
+
+from sweeps.composing import jobs_of
+from sweeps.dry_run import counted
+from sweeps.estimate import Pace, cost
+from sweeps.job import duration
+from sweeps.plan import Plan
+from sweeps.standing import standing
+from training.build import find_data
+from training.compose import ROOT
+from training.identity import provisional_id
+from training.targets import one_line
+
+STATES = ("done", "running", "failed", "left")
+
+
+class Standing(NamedTuple):
+    """Of one sweep. runs: run -> how it stands, and seconds still needed; wrong: a line about what is invalid."""
+
+    name: str
+    runs: dict[str, tuple[str, float]]
+    wrong: list[str]
+
+
+def standing_of(name: str, words: list[str]) -> Standing:
+    try:
+        compose, jobs = jobs_of([f"sweeps={name}", *words])
+        plan = Plan(compose, find_data)
+        for each in jobs:
+            plan.check(each)
+        plan.open()
+        valid = [(job.settings, job.run) for job in plan.jobs if job.settings]
+        pace = Pace(Path(valid[0][0].runs)) if valid else None
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        return Standing(name, {}, [f"{name}: {one_line(error)}"])
+    runs, costs = {}, {}
+    for settings, run in valid:
+        key, state = (str(run.folder), standing(run.folder)) if run else (provisional_id(settings), "left")
+        runs[key] = state, 0.0
+        if state != "done":
+            alike = counted(settings)
+            costs[alike] = costs.get(alike) or cost(settings, run)
+            assert pace is not None
+            runs[key] = state, pace.seconds(settings, costs[alike])[0]
+    errors = plan.errors()
+    wrong = [f"{name}: {len(errors)} of {len(plan.jobs)} jobs are invalid: {errors[0]}"] if errors else []
+    return Standing(name, runs, wrong)
+
+
+def row(name: str, runs: dict[str, tuple[str, float]]) -> list[str | int]:
+    states = Counter(state for state, _ in runs.values())
+    needed = sum(seconds for _, seconds in runs.values())
+    return [name, len(runs), *(states[state] for state in STATES), duration(needed) if needed else ""]
+
+
+def overview(words: list[str], names: Sequence[str] = ()) -> str:
+    """The table of all sweeps, or of these. words: overrides for every one (scale=small). A run that several sweeps
+    need counts once in the last row. Composing takes the time; it is shared out over the cores."""
+    names = names or sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        every = list(pool.map(standing_of, names, [words] * len(names)))
+    together = {run: state for each in every for run, state in each.runs.items()}
+    rows = [*(row(each.name, each.runs) for each in every), row("all, shared runs once", together)]
+    headers = ["sweep", "jobs", *STATES, "time needed"]
+    table = tabulate(rows, headers, colalign=("left", *["right"] * 6), disable_numparse=True)
+    note = "Time: estimated, of jobs one after the other, without preparing text. dry_run=true tells a sweep's jobs."
+    return "\n".join([table, note, *(line for each in every for line in each.wrong)])

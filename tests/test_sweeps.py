@@ -1,0 +1,226 @@
+"""Sweeps as plans: what they compose to, which runs they share, and what a dry run says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, compose_config
+from omegaconf import OmegaConf
+from test_config import ARMS, NUM_EXPERTS, run_py
+
+from analysis.runs import read_study
+from data.prepare import NotPrepared
+from sweeps.composing import jobs_of
+from sweeps.overview import overview
+from sweeps.plan import Plan, jobs_to_run
+from training.build import open_data
+from training.identity import digest_of, provisional_id
+from training.preflight import read
+
+# Arms of each sweep: runs of one seed; of position, two routers at each of smoke's 3 layers, and dense.
+SWEEPS = {"quickstart": 5, "routers": 43, "finetune": 6, "main": 9, "hash_methods": 10, "modules": 13, "multi_hash": 5}
+SWEEPS |= {"position": 7, "load_balance": 7, "dictionary": 12, "base_comparison": 6, "same_or_different": 5}
+SWEEPS |= {"learned_and_controls": 11, "gate_by_routing": 5, "load_by_content": 7, "horizon": 12, "first_k_hash": 5}
+SWEEPS |= {"table_draws": 8, "noise_floor": 3, "tune": 248}
+LAYERS = {"smoke": 3, "small": 8, "medium": 11, "paper": 11}
+NEEDS = {"finetune": ["data.folder=dialogues"]}  # what a sweep wants on the command line
+DEPENDS_ON_THE_SCALE = ("main", "position", "dictionary", "first_k_hash")
+
+
+def unprepared(settings):
+    raise NotPrepared("not now")
+
+
+def plan_of(sweep: str, *words: str, data=unprepared) -> Plan:
+    compose, jobs = jobs_of([f"sweeps={sweep}", *NEEDS.get(sweep, []), *words])
+    plan = Plan(compose, data)
+    for each in jobs:
+        plan.check(each)
+    plan.open()
+    return plan
+
+
+def seeds_of(sweep: str) -> list[str]:
+    params = OmegaConf.load(ROOT / "sweeps" / f"{sweep}.yaml").hydra.sweeper.params
+    return str(params.seed).split(",")
+
+
+SHORT = [(sweep, "smoke") for sweep in SWEEPS if sweep not in ("tune", "routers")]
+SHORT += [(sweep, "small") for sweep in DEPENDS_ON_THE_SCALE]
+LONG = [(sweep, scale) for sweep in SWEEPS for scale in NUM_EXPERTS if (sweep, scale) not in SHORT]
+
+
+@pytest.mark.parametrize(("sweep", "scale"), [*SHORT, *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)])
+def test_each_sweep_composes_to_its_stated_jobs_at_every_scale_and_all_pass_preflight(sweep, scale, tmp_path):
+    first, *_ = seeds = seeds_of(sweep)
+    plan = plan_of(sweep, f"scale={scale}", f"runs={tmp_path}", f"seed={first}")
+    assert plan.errors() == []
+    runs = {provisional_id(job.settings) for job in plan.jobs if job.settings}
+    arms = 1 + 2 * LAYERS[scale] if sweep == "position" else SWEEPS[sweep]
+    assert len(runs) == arms
+    assert {job.settings.scale for job in plan.jobs if job.settings} == {scale}
+    assert stated_jobs(sweep, scale) == arms * len(seeds)
+    labels = {(job.settings.arm, provisional_id(job.settings)) for job in plan.jobs if job.settings}
+    assert len(labels) == len(runs) == len({arm for arm, _ in labels}) or sweep == "finetune"  # a label an arm
+
+
+def header(sweep: str) -> str:
+    text = (ROOT / "sweeps" / f"{sweep}.yaml").read_text()
+    assert all(word in text for word in ("Jobs: ", "Time: ", "Expect: ")) and max(map(len, text.splitlines())) < 170
+    return text
+
+
+def stated_jobs(sweep: str, scale: str) -> int:
+    """By its header; position has a number for each scale."""
+    named = {"medium": "scale=medium and paper", "paper": "scale=medium and paper"}.get(scale, f"scale={scale}")
+    pattern = rf"(\d+) at {named}" if sweep == "position" else r"Jobs: (\d+)"
+    found = re.search(pattern, header(sweep))
+    assert found
+    return int(found[1])
+
+
+def test_every_sweep_is_tested():
+    assert {path.stem for path in (ROOT / "sweeps").glob("*.yaml")} == SWEEPS.keys()
+    routers = OmegaConf.load(ROOT / "sweeps" / "routers.yaml").hydra.sweeper.params.router
+    assert sorted(name.strip() for name in routers.split(",")) == ARMS
+
+
+def test_every_experiment_belongs_to_a_sweep():
+    used = "".join((ROOT / "sweeps" / f"{sweep}.yaml").read_text() for sweep in SWEEPS)
+    for path in (ROOT / "conf" / "experiment").glob("*/*.yaml"):
+        assert f"{path.parent.name}/{path.stem}" in used
+
+
+def test_a_cell_that_several_tables_share_is_one_run(tmp_path):
+    def runs(sweep: str, *words: str) -> dict[str, str]:
+        jobs = plan_of(sweep, "seed=0", f"runs={tmp_path}", *words).jobs
+        return {job.settings.arm: provisional_id(job.settings) for job in jobs if job.settings}
+
+    main, modules, multi = runs("main"), runs("modules"), runs("multi_hash")
+    assert main["hash_balanced_1x64"] == modules["hash_balanced_64"]
+    assert main["dense"] == modules["dense"] == multi["dense"]
+    assert modules["hash_balanced_16"] == multi["hash_balanced_1_hash"]  # 16 is smoke's own number
+    same = runs("same_or_different")
+    assert same["hash_balanced_different"] == main["hash_balanced_5x16"] != same["hash_balanced_same"]
+    draws = {
+        (job.settings.arm, job.settings.seed): job
+        for job in plan_of("table_draws", f"runs={tmp_path}").jobs
+        if job.settings
+    }
+    for seed in range(2):
+        plain = provisional_id(read(compose_config("router=hash_random", f"seed={seed}")))
+        assert [provisional_id(draws[f"hash_random_draw_{draw}", seed].settings) == plain for draw in range(2)] == [
+            draw == seed for draw in range(2)
+        ]
+
+
+def test_a_dense_run_does_not_depend_on_what_it_does_not_use(tiny):
+    def digest(*words):
+        return digest_of(read(compose_config(*tiny, *words)), "text")
+
+    unused = [
+        "num_experts=8",
+        "model.sparse_layers=[0]",
+        "train.routing_group=4",
+        "table_seed=7",
+        "model.dispatch=loop",
+    ]
+    assert {digest("router=dense", word) for word in unused} == {digest("router=dense")}
+    assert len({digest("router=hash_balanced", word) for word in [*unused, "seed=0"]}) == 6
+    where = ["router=dense", "train.update=sparse"]  # then the place of the sparse layers decides what is trained
+    assert digest(*where) != digest(*where, "model.sparse_layers=[0]")
+    inserted = ["router=dense_inserted"]
+    assert digest(*inserted) != digest(*inserted, "model.sparse_layers=[0]")
+    assert digest(*inserted) == digest(*inserted, "num_experts=8")
+
+
+def test_repeat_enters_the_id_and_nothing_else(tiny):
+    one, two = (read(compose_config(*tiny, "router=hash_balanced", f"repeat={n}")) for n in (0, 1))
+    assert digest_of(one, "text") != digest_of(two, "text")
+    two.repeat = 0
+    assert one == two
+
+
+def test_a_job_waits_for_the_run_that_its_table_is_of_which_then_keeps_its_weights(tiny):
+    words = [word for word in tiny if not word.startswith("model.sparse_layers")]
+    plan = plan_of("load_by_content", *words, "seed=0,1", "record.keep_weights=false", data=open_data)
+    assert plan.errors() == []
+    jobs = jobs_to_run(plan.jobs)
+    for job in jobs:
+        clusters = job.config.router.get("table", "").startswith(("clustered", "dispersed"))
+        assert (job.after is not None) == clusters
+        if job.after is not None:
+            assert job.after.folder.name.startswith(f"dense-s{job.config.seed}-")
+            assert job.config.router.baseline == str(job.after.folder)
+        assert job.config.record.keep_weights == job.folder.name.startswith("dense-")
+
+
+def test_a_label_is_the_sweeps_and_a_run_is_found_under_another_ones(tiny, tmp_path):
+    words = [*tiny, "seed=0", "train.steps=2", "train.warmup_steps=0", "router=hash_balanced"]
+    first = run_py("-m", "sweeps=modules", *words, "num_experts=4", "arm=small", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr + first.stdout
+    second = run_py("-m", "sweeps=modules", *words, "num_experts=4,8", cwd=tmp_path)
+    assert "1 of 2 jobs are finished already" in second.stdout
+    record = json.loads((tmp_path / "runs" / "sweeps" / "modules.json").read_text())
+    assert [(cell["arm"], cell["seed"]) for cell in record["cells"]] == [("hash_balanced_4", 0), ("hash_balanced_8", 0)]
+    assert record["cells"][0]["run"].startswith("small-s0-")
+    study = read_study("modules", tmp_path / "runs")
+    assert list(study.runs["arm"]) == ["hash_balanced_4", "hash_balanced_8"]
+    assert "2 of 2" in run_py("-m", "sweeps=modules", *words, "num_experts=4,8", cwd=tmp_path).stdout
+
+
+def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path):
+    cache = next(Path(word.partition("=")[2]) for word in tiny if word.startswith("data.cache="))
+    words = ["-m", "sweeps=gate_by_routing", *tiny, "seed=0", "dry_run=true"]
+    before = sorted(cache.rglob("*")) if cache.exists() else []
+    done = run_py(*words, "data.vocab_size=301", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "not prepared" in done.stdout and "5 jobs, 5 runs: 0 done, 5 to make" in done.stdout
+    bad = run_py(*words, "train.batch_size=4,5", "data.vocab_size=301", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in bad.stdout.splitlines()) == 5
+    assert list(tmp_path.iterdir()) == []
+    assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
+
+
+def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path):
+    words = [*tiny, "router=switch", "train.steps=2", "train.warmup_steps=0"]
+    assert run_py(*words, cwd=tmp_path).returncode == 0
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("switch-*/result.json"))
+    done = run_py(*words, "dry_run=true", cwd=tmp_path)
+    counts = f"{result['parameters/active'] / 1e6:.1f}M / {result['parameters/total'] / 1e6:.1f}M"
+    assert counts in done.stdout and f"{result['train_flops_per_token'] / 1e9:.3f}" in done.stdout
+    assert "1 jobs, 1 runs: 1 done, 0 to make" in done.stdout
+
+
+def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
+    words = [*tiny, "seed=0"]
+    plan = plan_of("quickstart", *words, data=open_data)
+    folder = next(job.run.folder for job in plan.jobs if job.run and job.settings and job.settings.arm == "switch")
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"outcome": "diverged", "step": 3}')
+    lines = [line.split() for line in overview(words, ["gate_by_routing", "quickstart"]).splitlines()]
+    assert ["gate_by_routing", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
+    assert ["quickstart", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
+    # dense, hash_balanced and switch are in both
+    assert ["all,", "shared", "runs", "once", "7", "0", "0", "1", "6"] in [line[:9] for line in lines]
+
+
+FEW = [
+    "train.steps=4",
+    "train.warmup_steps=1",
+    "data.vocab_size=400",
+    "wandb.mode=disabled",
+    "record.checkpoint_every=0",
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if sweep != "finetune"])
+def test_every_sweep_runs_at_smoke_scale_with_a_few_steps(sweep, corpus, tmp_path):
+    data = ["data=text", f"data.corpus.files={corpus}/*.txt", "data.corpus.validation_share=0.1"]
+    data += ["data.corpus.test_share=0.1", f"data.cache={tmp_path}/cache", f"seed={seeds_of(sweep)[0]}"]
+    data += ["record.evaluate_every=4"]
+    done = run_py("-m", f"sweeps={sweep}", *data, *FEW, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

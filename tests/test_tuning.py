@@ -1,0 +1,172 @@
+"""Tuning by hand arithmetic: spaces, trials, what lies beyond an edge, and what a ledger chooses and gives."""
+
+import csv
+import json
+import math
+
+import pytest
+from conftest import ROOT, compose_config
+from test_config import ARMS, run_py
+from test_sweeps import plan_of
+
+from analysis import ledger
+from training.build import open_data
+from training.compose import composed
+from training.tuning import Space, settle, space_of, value_at
+
+SPACES = sorted(path.stem for path in (ROOT / "conf" / "tuning").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_space_has_eight_trials_one_of_them_the_arm_as_it_is(name):
+    space = space_of(name)
+    assert name in ARMS and len(space.places()) == 8 and 1 in space.lr
+    if space.knob:
+        group, key = compose_config(f"router={name}", "runs=nowhere"), space.knob
+        for part in key.split("."):
+            group = group[part]
+        assert group in space.values
+
+
+def test_beyond_the_grid_its_ratio_goes_on():
+    assert value_at([0.5, 1, 2, 4], 2) == 2
+    assert [value_at([0.5, 1, 2, 4], place) for place in (-1, 4, 5)] == [0.25, 8, 16]
+    assert value_at([0.01, 0.1], 2) == 1 and value_at([0.01, 0.1], -1) == 0.001
+
+
+def test_what_is_no_log_grid_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.tuning.SPACES", tmp_path)
+    (tmp_path / "one.yaml").write_text("lr: [1, 2, 3]\n")
+    with pytest.raises(ValueError, match="must have rising log grids"):
+        space_of("one")
+    with pytest.raises(ValueError, match=r"there is no conf/tuning/none\.yaml"):
+        space_of("none")
+
+
+def test_the_best_at_an_edge_asks_for_its_neighbours_beyond():
+    one = {(0,): 3.0, (1,): 2.9, (2,): 2.8}
+    assert ledger.beyond(one) == [(3,)]
+    assert ledger.beyond(one | {(3,): 2.85}) == []  # the best is inside now
+    assert ledger.beyond({(0,): 2.7, (1,): 2.9}) == [(-1,)]
+    assert ledger.beyond({(0,): math.inf, (1,): math.inf}) == []
+    two = {(i, j): 3.0 - 0.1 * (i == 1) - 0.01 * j for i in range(4) for j in range(2)}
+    assert ledger.beyond(two) == [(1, 2)]  # of two values of a knob one is always at an edge
+    assert ledger.beyond(two | {(1, 2): 3.0}) == []
+    corner = {(i, j): 3.0 + i + j for i in range(4) for j in range(2)}
+    assert ledger.beyond(corner) == [(-1, 0), (0, -1)]
+    many = {(i,): -float(i) for i in range(ledger.MOST)}
+    assert ledger.beyond(many) == []  # the budget is spent
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Four trials of switch by two numbers, the best (1, 1) at 2.5 nats, at the knob's edge; dense settled at (1,)."""
+    runs, cells = tmp_path / "runs", []
+    losses = {"switch": {(0, 0): 2.9, (0, 1): 2.8, (1, 0): 2.6, (1, 1): 2.5, (2, 0): 2.7, (2, 1): 2.7}}
+    losses["dense"] = {(0,): 3.0, (1,): 2.9, (2,): None}
+    for arm, results in losses.items():
+        for place, loss in results.items():
+            name = f"{arm}-s100-{len(cells):08x}"
+            (runs / name).mkdir(parents=True)
+            result = {"outcome": "diverged"} if loss is None else {"outcome": "finished", "val/ce": loss}
+            (runs / name / "result.json").write_text(json.dumps(result))
+            knob = {"knob": "router.load_balance_coef", "value": [0.01, 0.1][place[1]]} if len(place) > 1 else {}
+            tuned = {"tuned": arm, "place": place, "lr": 0.001 * 2 ** place[0], "knob": None, "value": None} | knob
+            cells.append({"arm": name, "seed": 100, "run": name} | tuned)
+    (runs / "sweeps").mkdir()
+    (runs / "sweeps" / "tune.json").write_text(json.dumps({"scale": "smoke", "cells": cells, "runs": []}))
+    return runs
+
+
+def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path):
+    printed = ledger.write(record, tmp_path / "results", "tune")
+    assert "switch: the best of 6 lies at an edge, 1 more to try" in printed
+    path = tmp_path / "results" / "smoke" / "tune" / "ledger.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["trial"] for row in rows if row["arm"] == "dense"] == ["0", "1", "2"]
+    assert [(row["arm"], row["lr"], row["val_ce"]) for row in rows if row["chosen"] == "True"] == [
+        ("dense", "0.002", "2.900000")
+    ]
+    assert [row["val_ce"] for row in rows if row["arm"] == "dense"][2] == "inf"  # diverged, and counted as tried
+    assert ledger.notes(tmp_path / "results", "smoke", ["dense_1x", "switch_64", "base"]) == [
+        "dense: train.lr=0.002 is the best of 3 trials on the validation split, seeds 100 (validation 2.900000 nats)",
+        "switch: 6 trials on the validation split, seeds 100, nothing chosen yet",
+        "base: not tuned",
+    ]
+    assert ledger.notes(tmp_path / "results", "small", ["dense"]) == []
+
+
+def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(record, tmp_path):
+    cells = json.loads((record / "sweeps" / "tune.json").read_text())
+    wider = record / "switch-s100-ffffffff"
+    wider.mkdir()
+    (wider / "result.json").write_text('{"outcome": "finished", "val/ce": 2.55}')
+    beyond = {"tuned": "switch", "place": [1, 2], "lr": 0.002, "knob": "router.load_balance_coef", "value": 1.0}
+    cells["cells"].append({"arm": "x", "seed": 100, "run": wider.name} | beyond)
+    (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
+    ledger.write(record, tmp_path, "tune")
+    word = f"tuned={tmp_path}/smoke/tune/ledger.csv"
+    switch = composed(["router=switch", word])
+    assert (switch.train.lr, switch.router.load_balance_coef) == (0.002, 0.1)
+    kept = composed(["router=switch", word, "router.load_balance_coef=0.5"])
+    assert (kept.train.lr, kept.router.load_balance_coef) == (0.002, 0.5)
+    assert composed(["router=dense", word]).train.lr == 0.002
+    with pytest.raises(ValueError, match="has chosen nothing for base; python run.py -m sweeps=tune router=base tries"):
+        composed(["router=base", word])
+    assert composed(["router=base", word, "space=null"]).train.lr == composed(["router=base"]).train.lr
+    with pytest.raises(ValueError, match="is no ledger that can be read"):
+        composed(["router=base", f"tuned={tmp_path}/none.csv"])
+
+
+def test_a_trial_is_a_factor_of_the_scales_rate_and_a_seed_that_no_table_has():
+    def trial(**values):
+        knob = {"load_balance_coef": 0.01}
+        config = {
+            "arm": "switch",
+            "space": "switch",
+            "tuned": None,
+            "seed": 100,
+            "train": {"lr": 0.002},
+            "router": knob,
+        }
+        config |= values
+        settle(config, [])
+        return config["arm"], config["train"]["lr"], config["router"]["load_balance_coef"]
+
+    assert space_of("switch") == Space([0.5, 1, 2, 4], "router.load_balance_coef", [0.01, 0.1])
+    assert trial(trial=[1, 0]) == ("switch", 0.002, 0.01)
+    assert trial(trial=[3, 1]) == ("switch_trial_3_1", 0.008, 0.1)
+    assert trial(trial=[-1, 2]) == ("switch_trial_-1_2", 0.0005, 1.0)
+    with pytest.raises(ValueError, match="seed must be at least 100 for a trial; got 3"):
+        trial(trial=[0, 0], seed=3)
+
+
+def test_a_plan_adds_trials_beyond_an_edge_once_all_have_ended(tiny):
+    words = [*tiny, "router=switch"]
+    plan = plan_of("tune", *words, data=open_data)
+    assert plan.errors() == [] and len(plan.jobs) == 8
+    for job in plan.jobs[:-1]:
+        finish(job, ce=3.0 - 0.1 * (job.place[0] == 1) - 0.1 * job.place[1])
+    assert len(plan_of("tune", *words, data=open_data).jobs) == 8  # one has not ended
+    finish(plan.jobs[-1], ce=3.0)
+    (further,) = plan_of("tune", *words, data=open_data).jobs[8:]
+    assert further.place == [1, 2] and further.settings.router["load_balance_coef"] == 1.0
+    finish(further, ce=3.0)
+    assert len(plan_of("tune", *words, data=open_data).jobs) == 9
+
+
+def finish(job, ce: float) -> None:
+    job.run.folder.mkdir(parents=True)
+    (job.run.folder / "result.json").write_text(json.dumps({"outcome": "finished", "val/ce": ce}))
+
+
+@pytest.mark.long
+def test_tuning_goes_on_beyond_an_edge_when_it_is_called_again(tiny, tmp_path):
+    words = ["-m", "sweeps=tune", *tiny, "router=dense", "train.steps=2", "train.warmup_steps=0", "train.lr=1e-6"]
+    first = run_py(*words, cwd=tmp_path)  # so low a rate that the highest trial is best
+    assert first.returncode == 0 and "8 of 8 jobs are finished" in first.stdout, first.stdout + first.stderr
+    rows = ledger.ledger(tmp_path / "runs", "tune")[1]
+    assert min(rows, key=lambda row: row["val_ce"])["trial"] == 7 and not any(row["chosen"] for row in rows)
+    again = run_py(*words, cwd=tmp_path)
+    assert "8 of 9 jobs are finished already" in again.stdout
+    assert [row["lr"] for row in ledger.ledger(tmp_path / "runs", "tune")[1]][7:] == [2.83e-6, 4e-6]

@@ -1,0 +1,114 @@
+"""Tuning: an arm's space (conf/tuning/<arm>.yaml), its trials, and what a ledger has chosen.
+
+A space is a log grid of learning rates, as factors of the scale's, alone or with a log grid of one knob. A trial is a
+place in it, (i,) or (i, j); places beyond the grid go on in its ratio. Trials have seeds from 100 up.
+"""
+
+import csv
+import functools
+from collections.abc import Iterable, MutableMapping
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import DictConfig
+
+from training.settings import Settings
+
+SPACES = Path(__file__).resolve().parent.parent / "conf" / "tuning"
+FIRST_SEED = 100
+
+
+class Space(NamedTuple):
+    """lr: factors of the scale's train.lr; knob: a key of the config, or None; values: of the knob."""
+
+    lr: list[float]
+    knob: str | None = None
+    values: list[float] = []
+
+    def places(self) -> list[tuple[int, ...]]:
+        """The grid's."""
+        return [*product(*(range(len(axis)) for axis in (self.lr, self.values) if axis))]
+
+
+@functools.cache
+def space_of(name: str) -> Space:
+    """conf/tuning/<name>.yaml. ValueError if there is none, or if an axis is no log grid."""
+    path = SPACES / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(f"space={name}: there is no conf/tuning/{name}.yaml, which says what to tune of this arm")
+    space = Space(**yaml.safe_load(path.read_text()))
+    for axis in filter(None, (space.lr, space.values)):
+        ratios = [after / before for before, after in zip(axis, axis[1:])]
+        if len(axis) < 2 or min(axis) <= 0 or min(ratios) <= 1 or max(ratios) > 1.02 * min(ratios):
+            raise ValueError(f"conf/tuning/{name}.yaml must have rising log grids; got {axis}")
+    return space
+
+
+def value_at(axis: list[float], place: int) -> float:
+    """The value there; beyond the grid in its ratio, to three digits."""
+    if 0 <= place < len(axis):
+        return axis[place]
+    ratio = (axis[-1] / axis[0]) ** (1 / (len(axis) - 1))
+    return float(f"{axis[0] * ratio**place:.3g}")
+
+
+def settle(config: MutableMapping[str, Any] | DictConfig, words: Iterable[str]) -> None:
+    """Set the rate and knob that `trial` or `tuned` stand for; of tuned not what words, the overrides, set themselves.
+
+    A run that starts from another one, or with space=null, keeps what it has. Raises ValueError for a trial with a
+    table's seed, and for an arm that the ledger has not.
+    """
+    train, space, chosen = config["train"], config["space"], {}
+    if config["trial"] not in (None, "all"):
+        chosen = tried(config)
+        if any(_group(config, key)[key.rpartition(".")[2]] != value for key, value in chosen.items()):
+            config["arm"] = "_".join([config["arm"], "trial", *map(str, config["trial"])])  # else it is the plain arm
+    elif config["tuned"] is not None and space is not None and train["init_from"] is None:
+        given = {word.lstrip("+").partition("=")[0] for word in words}
+        chosen = {key: value for key, value in from_ledger(config["tuned"], space).items() if key not in given}
+    for key, value in chosen.items():
+        _group(config, key)[key.rpartition(".")[2]] = value
+
+
+def tried(config: MutableMapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """Key -> value of the config's trial."""
+    if config["seed"] < FIRST_SEED:
+        raise ValueError(f"seed must be at least {FIRST_SEED} for a trial; got {config['seed']}")
+    space, place = space_of(config["space"]), list(config["trial"])
+    rate = float(f"{config['train']['lr'] * value_at(space.lr, place[0]):.6g}")
+    return {"train.lr": rate} | ({space.knob: value_at(space.values, place[1])} if space.knob else {})
+
+
+def _group(config: MutableMapping[str, Any] | DictConfig, key: str) -> MutableMapping[str, Any]:
+    """The group that holds the key's last part. ValueError if there is none."""
+    try:
+        return functools.reduce(lambda group, name: group[name], key.split(".")[:-1], config)  # type: ignore[arg-type]
+    except KeyError as error:
+        raise ValueError(f"{key}, which is to be tuned, is no key of this config") from error
+
+
+def from_ledger(ledger: str, arm: str) -> dict[str, Any]:
+    """Key -> value that the ledger chose for an arm. ValueError if it has chosen none."""
+    try:
+        with Path(ledger).expanduser().open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["arm"] == arm and row["chosen"] == "True"]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"tuned={ledger} is no ledger that can be read: {error!r}") from error
+    if len(rows) != 1:
+        raise ValueError(
+            f"tuned={ledger} has chosen nothing for {arm}; python run.py -m sweeps=tune router={arm} tries"
+        )
+    knob = {rows[0]["knob"]: float(rows[0]["value"])} if rows[0]["knob"] else {}
+    return {"train.lr": float(rows[0]["lr"])} | knob
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """What a sweep's record says of a trial: its arm, place, rate and knob. {} of a run that is none."""
+    if settings.trial is None:
+        return {}
+    knob = space_of(settings.space or "").knob
+    value = _group(asdict(settings), knob)[knob.rpartition(".")[2]] if knob else None
+    return {"tuned": settings.space, "place": settings.trial, "lr": settings.train.lr, "knob": knob, "value": value}
