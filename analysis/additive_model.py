@@ -5,6 +5,7 @@ variance all arms of a table estimate together. Cells may be missing.
 A arms, N runs, k = A - 1 comparisons
 """
 
+from collections import Counter
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -64,9 +65,8 @@ def design(arm: np.ndarray, seed: np.ndarray) -> np.ndarray:
 def fit(arm: ArrayLike, seed: ArrayLike, losses: ArrayLike) -> AdditiveModel:
     """arm, seed: N each; losses (..., N). ValueError if an arm has a seed twice or a loss is not finite."""
     labels, seeds = np.asarray(arm).tolist(), np.asarray(seed)
-    if (twice := pd.MultiIndex.from_arrays([labels, seeds]).duplicated()).any():
-        where = int(np.argmax(twice))
-        raise ValueError(f"seed {seeds[where]} occurs twice in one arm ({labels[where]}); arm=NAME names a variant")
+    if twice := [cell for cell, n in Counter(zip(labels, seeds.tolist())).items() if n > 1]:
+        raise ValueError(f"seed {twice[0][1]} occurs twice in one arm ({twice[0][0]}); arm=NAME names a variant")
     losses = np.asarray(losses, float)
     if not np.isfinite(losses).all():
         raise ValueError(f"a table needs finite losses, not {losses[~np.isfinite(losses)][0]}")

@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtr, stdtr, stdtrit
 from scipy.stats import multivariate_t, nct
 
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(96)
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2  # on (0, 1)
 
 
@@ -35,9 +35,8 @@ def _equally_correlated(k: int, rho: float, dof: int, t: float) -> float:
     """T_i = (sqrt(1 - rho) Z_i + sqrt(rho) Z_0) / s: over Z_0 and s, given which the T_i are independent."""
     z = 16 * NODES - 8
     density = 16 * WEIGHTS * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
-    s = np.sqrt(gammaincinv(dof / 2, NODES**3) * 2 / dof)[
-        :, None
-    ]  # cubed: more nodes where s is small, which is where tails are
+    # chi over sqrt(dof); cubed, for more nodes where s is small, which is where the tails are
+    s = np.sqrt(gammaincinv(dof / 2, NODES**3) * 2 / dof)[:, None]
     shift, scale = np.sqrt(rho) * z, np.sqrt(1 - rho)
     inside = ndtr((t * s - shift) / scale) - ndtr((-t * s - shift) / scale)
     return float((3 * NODES**2 * WEIGHTS) @ inside**k @ density)

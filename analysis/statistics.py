@@ -95,7 +95,8 @@ def contrast_within_seeds(losses: pd.DataFrame, weights: pd.Series) -> Estimate:
 
 def slope_weights(x: ArrayLike) -> np.ndarray:
     """w with sum w_i y_i the least-squares slope of y on x. ValueError if x has one value alone."""
-    centred = np.asarray(x, float) - np.mean(x)
+    centred = np.asarray(x, float)
+    centred = centred - centred.mean()
     if not centred.any():
         raise ValueError(f"a slope needs two different places at least; got {np.asarray(x).tolist()}")
     return centred / (centred @ centred)

@@ -1,5 +1,7 @@
 """Statistics of a handful of seeds, by hand and by other programs."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,10 +68,14 @@ def test_a_seed_that_occurs_twice_is_no_pair():
 def test_one_and_two_sided_p_are_those_of_scipy():
     values = np.array([0.01, 0.03, 0.02, 0.05])
     found = mean_of(pd.Series(values))
-    assert found.p == pytest.approx(ttest_1samp(values, 0).pvalue)
-    assert found.p_below(0.04) == pytest.approx(ttest_1samp(values, 0.04, alternative="less").pvalue)
-    lower = ttest_1samp(values, -0.04, alternative="greater").pvalue
-    assert found.p_within(0.04) == pytest.approx(max(lower, found.p_below(0.04)))
+
+    def scipys(about: float, alternative: Any) -> float:
+        tested: Any = ttest_1samp(values, about, alternative=alternative)
+        return tested.pvalue
+
+    assert found.p == pytest.approx(scipys(0, "two-sided"))
+    assert found.p_below(0.04) == pytest.approx(scipys(0.04, "less"))
+    assert found.p_within(0.04) == pytest.approx(max(scipys(-0.04, "greater"), found.p_below(0.04)))
 
 
 def test_equivalence_is_that_the_ninety_percent_interval_lies_within_the_margin():
