@@ -17,7 +17,7 @@ def equal(k: int, rho: float = 0.5) -> np.ndarray:
     return np.full((k, k), rho) + (1 - rho) * np.eye(k)
 
 
-def some_tables(
+def some_tables(arms: int, seeds: int, shift: float = 0.0, tables: int = TABLES, noise: Any = 1.0, seed_effect=3.0):
     arms: int, seeds: int, shift: float = 0.0, tables: int = TABLES, noise: Any = 1.0, seed_effect: float = 3.0
 ):
     """arm, seed and losses (tables, arms * seeds); the last arm is shifted; noise by arm or for all."""
@@ -88,13 +88,13 @@ def test_a_paired_t_interval_covers_and_the_percentile_bootstrap_would_not(seeds
 
 @pytest.mark.parametrize("noise", [1.0, [1.0, 1.0, 1.0, 1.0, 4.0]])
 def test_with_the_rule_for_noisy_arms_too_few_tables_of_no_effect_separate(noise):
-    arm, seed, losses = some_tables(5, 5, noise=noise, tables=300)
+    arm, seed, losses = some_tables(5, 5, noise=noise, tables=600)
     falsely, alone = 0, 0
     for table in losses:
         found = compare(fit(arm, seed, table), 0).values()
         falsely += any(each.separated for each in found)
         alone += any(each.alone for each in found)
-    assert falsely / len(losses) < 0.05 + 0.02  # the rule gives 0.045 and less (20,000 tables)
+    assert falsely / len(losses) < 0.05 + 0.015
     assert (alone / len(losses) > 0.8) == (noise != 1.0)
 
 
