@@ -121,32 +121,39 @@ class Comparison(NamedTuple):
         return bool(self.low > 0 or self.high < 0)
 
 
-def compare(model: AdditiveModel, reference: Hashable, level: float = 0.95) -> dict[Hashable, Comparison]:
-    """Every other arm against the reference: Dunnett's test on the fit, by the correlations that its design has.
+def compare(
+    model: AdditiveModel, references: dict[Hashable, Hashable], level: float = 0.95
+) -> dict[Hashable, Comparison]:
+    """Each arm against its reference (arm -> reference, as against_one makes it): Dunnett's test on the fit, by the
+    correlations that the design gives these k differences.
 
-    An arm with ALONE times the variance of the others (F-test at CHANCE), or every arm if the reference is that one, is
+    An arm with ALONE times the variance of the others (F-test at CHANCE), or one whose reference is so, is
     tested by the paired t-test with Bonferroni's correction instead. Its noise stays in the pooled variance: leaving
     out whatever looks large would make the rest too small.
     """
-    others = [arm for arm in model.arms if arm != reference]
-    weights = {arm: model.on_losses({arm: 1.0, reference: -1.0}) for arm in others}
-    told = [arm for arm in others if np.isfinite(weights[arm]).all()]
+    present = {arm: ref for arm, ref in references.items() if {arm, ref} <= set(model.arms)}
+    weights = {arm: model.on_losses({arm: 1.0, ref: -1.0}) for arm, ref in present.items()}
+    told = [arm for arm in weights if np.isfinite(weights[arm]).all()]
     together = np.array([weights[arm] for arm in told])
-    estimates = [model.contrast({arm: 1.0, reference: -1.0}) for arm in told]
+    estimates = [model.contrast({arm: 1.0, present[arm]: -1.0}) for arm in told]
     reach = critical_value(together @ together.T, model.dof, level) if told else np.nan
     corrected = p_values(together @ together.T, model.dof, [e.t for e in estimates]) if told else []
     ratios, chances = (dict(zip(model.arms, each)) for each in variance_tests(model))
     noisy = {arm for arm in model.arms if ratios[arm] >= ALONE and chances[arm] < CHANCE}
     found = {}
     for arm, estimate, p in zip(told, estimates, corrected):
-        alone = not noisy.isdisjoint({arm, reference})
+        alone = not noisy.isdisjoint({arm, present[arm]})
         low, high = estimate.value - reach * estimate.error, estimate.value + reach * estimate.error
         if alone:
-            estimate = paired(model, arm, reference)
+            estimate = paired(model, arm, present[arm])
             low, high = estimate.interval(1 - (1 - level) / len(told))
             p = min(1.0, estimate.p * len(told))
         found[arm] = Comparison(estimate, low, high, p, alone, ratios[arm])
     return found
+
+
+def against_one(model: AdditiveModel, reference: Hashable) -> dict[Hashable, Hashable]:
+    return {arm: reference for arm in model.arms if arm != reference}
 
 
 def paired(model: AdditiveModel, arm: Hashable, reference: Hashable) -> Estimate:

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import stdtrit
 from scipy.stats import dunnett, multivariate_t
 
-from analysis.additive_model import compare, fit, paired, residual_deviations, variance_tests
+from analysis.additive_model import against_one, compare, fit, paired, residual_deviations, variance_tests
 from analysis.dunnett import covers, critical_value, p_values, power, seeds_to_separate
 
 TABLES = 20_000
@@ -18,13 +18,15 @@ def equal(k: int, rho: float = 0.5) -> np.ndarray:
 
 
 def some_tables(arms: int, seeds: int, shift: float = 0.0, tables: int = TABLES, noise: Any = 1.0, seed_effect=3.0):
-    arms: int, seeds: int, shift: float = 0.0, tables: int = TABLES, noise: Any = 1.0, seed_effect: float = 3.0
-):
     """arm, seed and losses (tables, arms * seeds); the last arm is shifted; noise by arm or for all."""
     draws = np.random.default_rng(arms * 100 + seeds)
     arm, seed = np.repeat(np.arange(arms), seeds), np.tile(np.arange(seeds), arms)
     losses = draws.normal(size=(tables, len(arm))) * np.broadcast_to(noise, arms)[arm]
     return arm, seed, losses + seed_effect * draws.normal(size=(tables, seeds))[:, seed] + shift * (arm == arms - 1)
+
+
+def against(model, reference):
+    return compare(model, against_one(model, reference))
 
 
 def intervals(arm, seed, losses):
@@ -52,7 +54,7 @@ def test_effects_and_residuals_of_a_small_table_are_hand_arithmetic():
 def test_of_two_arms_the_model_is_the_paired_t_test():
     arm, seed, losses = some_tables(2, 5, tables=1)
     model = fit(arm, seed, losses[0])
-    found, by_hand = compare(model, 0)[1], paired(model, 1, 0)
+    found, by_hand = against(model, 0)[1], paired(model, 1, 0)
     assert found.estimate == pytest.approx(by_hand)
     assert [found.low, found.high] == pytest.approx(by_hand.interval())
     assert found.p == pytest.approx(by_hand.p)
@@ -91,7 +93,7 @@ def test_with_the_rule_for_noisy_arms_too_few_tables_of_no_effect_separate(noise
     arm, seed, losses = some_tables(5, 5, noise=noise, tables=600)
     falsely, alone = 0, 0
     for table in losses:
-        found = compare(fit(arm, seed, table), 0).values()
+        found = against(fit(arm, seed, table), 0).values()
         falsely += any(each.separated for each in found)
         alone += any(each.alone for each in found)
     assert falsely / len(losses) < 0.05 + 0.015
@@ -109,8 +111,23 @@ def test_the_variance_of_an_arm_is_tested_as_f_against_the_others():
 
 def test_a_noisy_reference_makes_every_comparison_one_by_one():
     arm, seed, losses = some_tables(5, 5, tables=1, noise=[30.0, 1.0, 1.0, 1.0, 1.0])
-    found = compare(fit(arm, seed, losses[0]), 0)
+    found = against(fit(arm, seed, losses[0]), 0)
     assert all(each.alone and each.estimate.dof == 4 for each in found.values())
+
+
+def test_arms_may_have_references_of_their_own_and_intervals_hold_together():
+    arm, seed, losses = some_tables(4, 3, tables=2000)
+    covered = 0
+    model = fit(arm, seed, losses)
+    on_losses = np.array([model.on_losses({1: 1.0, 0: -1.0}), model.on_losses({3: 1.0, 2: -1.0})])
+    reach = critical_value(on_losses @ on_losses.T, model.dof)
+    found = [model.contrast({1: 1.0, 0: -1.0}), model.contrast({3: 1.0, 2: -1.0})]
+    covered = np.all([abs(each.value) <= reach * each.error for each in found], axis=0)
+    assert covered.mean() == pytest.approx(0.95, abs=0.015)
+    pairs = compare(fit(arm, seed, losses[0]), {1: 0, 3: 2})
+    assert [each.high - each.estimate.value for each in pairs.values() if not each.alone] == pytest.approx(
+        [reach * each.error[0] for each in found]
+    )
 
 
 def test_residual_deviations_pool_to_the_models():
@@ -129,11 +146,11 @@ def test_pairing_narrows_the_interval_when_seeds_matter():
 
 
 def test_what_no_run_can_tell_is_not_told():
-    assert compare(fit(["a", "b"], [0, 1], [1.0, 2.0]), "a") == {}
-    one = compare(fit(["a", "b"], [0, 0], [1.0, 2.0]), "a")["b"]
+    assert against(fit(["a", "b"], [0, 1], [1.0, 2.0]), "a") == {}
+    one = against(fit(["a", "b"], [0, 0], [1.0, 2.0]), "a")["b"]
     assert one.estimate.value == pytest.approx(1.0) and np.isnan([one.low, one.p]).all() and not one.separated
     # seed 1 of b and seed 0 of a meet in c, which has both
-    linked = compare(fit(["a", "c", "c", "b"], [0, 0, 1, 1], [1.0, 1.5, 2.5, 2.0]), "a")["b"]
+    linked = against(fit(["a", "c", "c", "b"], [0, 0, 1, 1], [1.0, 1.5, 2.5, 2.0]), "a")["b"]
     assert linked.estimate.value == pytest.approx(0.5 - 0.5)
     with pytest.raises(ValueError, match="sum to 0"):
         fit(["a", "b"], [0, 0], [1.0, 2.0]).contrast({"a": 1.0})
