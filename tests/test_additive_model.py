@@ -19,7 +19,7 @@ def equal(k: int, rho: float = 0.5) -> np.ndarray:
 
 def some_tables(arms: int, seeds: int, shift: float = 0.0, tables: int = TABLES, noise: Any = 1.0, seed_effect=3.0):
     """arm, seed and losses (tables, arms * seeds); the last arm is shifted; noise by arm or for all."""
-    draws = np.random.default_rng(arms * 100 + seeds)
+    draws = np.random.default_rng([arms, seeds])
     arm, seed = np.repeat(np.arange(arms), seeds), np.tile(np.arange(seeds), arms)
     losses = draws.normal(size=(tables, len(arm))) * np.broadcast_to(noise, arms)[arm]
     return arm, seed, losses + seed_effect * draws.normal(size=(tables, seeds))[:, seed] + shift * (arm == arms - 1)
