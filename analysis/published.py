@@ -19,7 +19,7 @@ def published(names: list[str], arms: dict[str, Arm]) -> list[dict[str, Any]]:
     known = load("published")["tables"]
     tables = []
     for name in names:
-        rows = [row | {"ours": _ours(row, arms)} for row in known[name].get("rows", [])]
+        rows = [row | {"ours": _ours(row, arms), "table": name} for row in known[name].get("rows", [])]
         tables.append(known[name] | {"name": name, "rows": rows})
     return tables
 
@@ -42,12 +42,14 @@ def by_arm(tables: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def differences(tables: list[dict[str, Any]], pairs: dict[str, str]) -> dict[str, tuple[float, str]]:
     """arm -> nats of its published perplexity less those of its reference's, with the less sure status of the two.
 
-    Of test where both are published, else of validation; the logarithm of a ratio of perplexities.
+    Of test where both are published, else of validation, of the first table that has both, and of its first row for
+    the arm; the logarithm of a ratio of perplexities.
     """
-    rows, found = by_arm(tables), {}
+    found = {}
     for arm, reference in pairs.items():
-        for split in ("valid", "test"):
-            both = [row for name in (arm, reference) for row in rows.get(name, [])[-1:] if row.get(split)]
+        for split, table in ((split, table) for split in ("valid", "test") for table in reversed(tables)):
+            rows = by_arm([table])
+            both = [row for name in (arm, reference) for row in rows.get(name, [])[:1] if row.get(split)]
             if len(both) == 2:
                 status = max((row[f"{split}_status"] for row in both), key=STATUSES.index)
                 found[arm] = float(np.log(both[0][split] / both[1][split])), status

@@ -120,7 +120,7 @@ def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: st
         for theirs in rows.get(row["arm"], [{}]):
             difference = apart.get(row["arm"])
             published = ABSENT if difference is None else f"{difference[0]:+.3f} {difference[1]}"
-            note = f" ({theirs['configuration']})" if len(rows.get(row["arm"], [])) > 1 else ""
+            note = f" ({theirs.get('configuration', theirs['table'])})" if len(rows.get(row["arm"], [])) > 1 else ""
             cell = [row["label"] + note, given(row["test_perplexity"], ".2f"), of_paper(theirs, "test")]
             cell += [given(row["val_perplexity"], ".2f"), of_paper(theirs, "valid")]
             cells.append(
