@@ -35,17 +35,16 @@ def against_place(
     upper.set_ylabel("test cross-entropy\n(nats per token)")
     lower.set_ylabel(f"less {reference_of(frame)}\n(nats per token)")
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
-    if papers:
-        lower.plot([], [], "o", color="0.2", fillstyle="none", markersize=5.5, linestyle="none", label="published")
-        lower.legend()
     for axes in below:
         public_curves(axes, public, style)
-    scale_x(figure.axes[-1], sorted(set(rows["x"].dropna())), asked["scale"])
+    theirs = [] if public is None else public["num_experts"].tolist()
+    scale_x(figure.axes[-1], sorted({*rows["x"].dropna(), *theirs}), asked["scale"])
     n = " to ".join(str(each) for each in {rows["n"].min(): 0, rows["n"].max(): 0})
-    told = "; below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
+    told = "; below: 95 %, all at once" if rows["difference_low"].notna().any() else ""
+    told += "; hollow: published" if any(arm in papers for arm in rows["arm"]) else ""
     figure.axes[-1].set_xlabel(asked["axis"])
     figure.supxlabel(f"n = {n}; bars above: ± 1 standard deviation{told}", fontsize=6)
-    upper.legend()
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.align_ylabels()
 
 
@@ -99,6 +98,7 @@ def scale_x(axes: Axes, places: list[float], scale: str) -> None:
     least = min((place for place in places if place > 0), default=1.0)
     options = {"linthresh": least, "linscale": 0.5} if scale == "symlog" else {"base": 2} if scale == "log" else {}
     axes.set_xscale(scale, **options)
+    axes.margins(x=0.06)
     axes.xaxis.set_major_locator(FixedLocator([*np.unique(places)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -40,20 +40,26 @@ def described(names: Iterable[str], style: dict) -> dict[str, Arm]:
     """name -> Arm, in order; those of no known method get one look each."""
     found, spare, looks = {}, cycle(style["others"]), {}
     for name in dict.fromkeys(names):
-        method = method_of(name, style["arms"])
+        method, place = method_of(name, style["arms"]), place_of(name, style)
         known = style["arms"].get(method)
-        place = name.removeprefix(method).removeprefix("_")
         label = ", ".join(
             filter(None, [known["label"] if known else method.replace("_", " "), place.replace("_", " ")])
         )
         if method not in looks:
             looks[method] = known or next(spare)
-        found[name] = Arm(name, method, place, label, looks[method])
+            look = looks[method]
+        else:  # a further arm of the method keeps its colour
+            look = next(spare) | {"color": looks[method]["color"]}
+        found[name] = Arm(name, method, place, label, look)
     return found
 
 
 def method_of(name: str, known: Iterable[str]) -> str:
     return max((each for each in known if name == each or name.startswith(f"{each}_")), key=len, default=name)
+
+
+def place_of(name: str, style: dict) -> str:
+    return name.removeprefix(method_of(name, style["arms"])).removeprefix("_")
 
 
 def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:

@@ -53,11 +53,13 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
     origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
     runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
-    settings = {run: flat(_config(folder / run)) for run in study.counted["id"]}
+    configs = {run: _config(folder / run) for run in study.counted["id"]}
+    settings = {run: flat(config) for run, config in configs.items() if config}
     for key in differing(settings):
         runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     pairs = references(described(runs["arm"], style), asked)
-    runs["seconds_to_reference"] = runs["id"].map(seconds_to_reference(study, pairs))
+    waited = seconds_to_reference(study, pairs)
+    runs["seconds_to_reference"] = [waited.get(run, np.nan) for run in runs["id"]]
     intervals = over_test_documents(study.counted, folder, pairs)
     for place, key in enumerate(("documents_low", "documents_high")):
         runs[key] = [intervals.get(arm, (np.nan, np.nan))[place] for arm in runs["arm"]]
@@ -127,7 +129,7 @@ def seconds_to_reference(study: Study, pairs: dict[str, str]) -> dict[str, float
     return found
 
 
-def _crossing(seconds: pd.Series, losses: pd.Series, wanted: float) -> float:
+def _crossing(seconds: Any, losses: Any, wanted: float) -> float:
     x, y = seconds.to_numpy(float), losses.to_numpy(float)
     if not (y <= wanted).any():
         return np.nan
@@ -150,7 +152,8 @@ def over_test_documents(counted: pd.DataFrame, folder: Path, pairs: dict[str, st
     return found
 
 
-def _sums(folder: Path) -> tuple[np.ndarray, np.ndarray] | tuple[()]:
+def _sums(folder: Path) -> tuple[np.ndarray, ...]:
+    """Of the test documents: loss sums in nats, and tokens; () if they are not there."""
     path = folder / "evaluation.safetensors"
     if not path.exists():
         return ()

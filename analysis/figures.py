@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
@@ -53,7 +54,7 @@ def learning_curves(figure: Figure, study: Study, frame: pd.DataFrame, arms: dic
     reference = next((arm for arm in frame["reference_arm"] if arm in losses), None)
     panels = {"validation cross-entropy": losses}
     if reference is not None:
-        panels[f"difference to {arms[reference].label}"] = losses.sub(losses[reference], axis="index")
+        panels[f"less {arms[reference].label}"] = losses.sub(losses[reference], axis="index")
     worst_first = sorted(drawn, key=lambda arm: over_seeds(losses.loc[:, arm])["mean"].iloc[-1], reverse=True)
     figure.subplots(len(panels), sharex=True)
     for axes, (quantity, values) in zip(figure.axes, panels.items()):
@@ -68,11 +69,14 @@ def learning_curves(figure: Figure, study: Study, frame: pd.DataFrame, arms: dic
             axes.plot(millions, mean, label=arms[arm].label, **line, **marks)
     upper, unigram = figure.axes[0], study.counted.loc[:, "val/unigram_entropy"].mean()
     upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
-    right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far below the line there
-    upper.text(1, unigram, "unigram entropy ", transform=right, ha="right", va="top", color="0.35", fontsize=6.5)
+    right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far from the line there
+    beneath = unigram > losses.iloc[-len(drawn) :].min().min()
+    note: dict[str, Any] = {"ha": "right", "va": "top" if beneath else "bottom", "color": "0.35", "fontsize": 6.5}
+    upper.text(1, unigram, "unigram entropy ", transform=right, **note)
     upper.legend()
     n = numbers(frame.loc[frame["n"] > 0, "n"])
     figure.axes[-1].set_xlabel("training tokens (millions)")
+    figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
     explain(figure, f"lines: mean over seeds (n = {n}); bands: ± 1 standard deviation")
     figure.align_ylabels()
 
@@ -96,14 +100,13 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes = figure.subplots()
     axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
-    hollow = None
     for place, row in rows.iterrows():
         mean, look = row["difference_mean"], arms[row["arm"]].look
         if mean < low:
             axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5)
             continue
         if row["arm"] in papers:
-            (hollow,) = axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)
+            axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)
         reach = [[mean - row["difference_low"]], [row["difference_high"] - mean]]
         known = row["difference_low"] == row["difference_low"]
         axes.errorbar(
@@ -121,9 +124,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes.set_axisbelow(True)
     axes.set_xlabel(f"test cross-entropy less that of\n{reference_of(frame)} (nats per token)")
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
-    explain(figure, f"{bars}n = {numbers(rows['n'])}")
-    if hollow is not None:
-        figure.legend([hollow], ["published"], loc="outside upper right")
+    explain(figure, f"{bars}n = {numbers(rows['n'])}" + ("; hollow: published" if theirs else ""))
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:

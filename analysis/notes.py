@@ -51,7 +51,7 @@ def columns(frame: pd.DataFrame) -> list[str]:
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
         f"seconds: of training, mean over runs; and until the validation loss was {reference}'s last of the same seed",
     ]
-    if (frame["test_bits_per_byte"] >= 0).any():
+    if frame["test_bits_per_byte"].notna().to_numpy().any():
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
         )
@@ -68,18 +68,18 @@ def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]
     few = frame.loc[(frame["difference_pairs"] > 0) & (frame["difference_pairs"] < frame["n"])].to_dict("records")
     for row in few:
         lines.append(f"{row['label']}: {row['difference_pairs']} of its {row['n']} runs have a pair of the same seed")
-    if told["equivalent"].any():
+    if told["equivalent"].to_numpy().any():
         lines.append(
             f"{EQUIVALENT} equivalent to {reference}: within {asked['margin']} nats, by two one-sided tests at 5 %"
         )
-    if told["alone"].any():
+    if told["alone"].to_numpy().any():
         lines.append(
             f"{ALONE} tested alone, by its own pairs and Bonferroni's correction: it or {reference} scatters unlike"
         )
         lines.append("  the other arms (three times their variance, F-test at 5 %)")
-    if frame["below_floor"].any():
+    if frame["below_floor"].to_numpy().any():
         lines.append(f"{FLOOR} below the noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
-    if leaky(frame).any():
+    if leaky(frame).to_numpy().any():
         lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
     if (share := unknown_share(frame)) > 0:
         lines.append(
@@ -95,7 +95,7 @@ def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: d
     arms = described(runs["arm"], style)
     model = model_of(counted, arms, asked)
     lines = []
-    if model.dof and frame["difference_low"].notna().any():
+    if model.dof and frame["difference_low"].notna().to_numpy().any():
         pooled = float(model.variance) ** 0.5
         lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {model.dof} degrees of freedom;")
         lines.append("  by arm beside it, with each arm's variance over that of the others")
@@ -132,7 +132,7 @@ def style_label(arms: dict[str, Any], method: str) -> str:
 
 def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -> list[str]:
     """What arms declare about themselves, and every setting that is not the same for all."""
-    counted, labels = runs.loc[runs["outcome"] == "finished"], frame.set_index("arm")["label"]
+    counted, labels = runs.loc[runs["outcome"] == "finished"], dict(zip(frame["arm"], frame["label"]))
     declared: dict[str, list[str]] = {}
     for arm, own in counted.groupby("arm", sort=False):
         if "leaks" in own and own["leaks"].iloc[0]:
@@ -144,10 +144,13 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
         key = column.removeprefix(SETTING)
         if key in asked.get("varies", []):
             continue
-        values = {arm: " and ".join(dict.fromkeys(own[column])) for arm, own in counted.groupby("arm", sort=False)}
+        values = {
+            arm: " and ".join(dict.fromkeys(value for value in own[column] if value))
+            for arm, own in counted.groupby("arm", sort=False)
+        }
         most = max(values.values(), key=list(values.values()).count)
-        others = [f"{labels[arm]} {value}" for arm, value in values.items() if value != most]
-        lines.append(f"not equal: {key} is {most}, but " + "; ".join(others))
+        others = [f"{labels[arm]} {value}" for arm, value in values.items() if value not in (most, "")]
+        lines += [f"not equal: {key} is {most}, but " + "; ".join(others)] if others else []
     return lines
 
 
@@ -163,7 +166,7 @@ def bad_runs(runs: pd.DataFrame) -> list[str]:
         lines += [f"to complete {len(again)} of them (stopped, failed or missing):", f"  {command}"]
     repeat = [run for run in left_out if run["outcome"] not in (*WITHOUT_RESULT, "running")]
     if repeat:
-        lines.append(f"to repeat {len(repeat)} of them, which have a result (here that of this tree and its data):")
+        lines.append(f"to repeat {len(repeat)} of them, which have a result (of this tree and its data then):")
         lines += [f"  rm -r runs/{run['id']}" for run in repeat] + [f"  {command}"]
     flawed = runs.loc[runs["flaws"] != ""] if "flaws" in runs else runs.iloc[:0]
     lines += ["records with flaws that move no figure:"] if len(flawed) else []

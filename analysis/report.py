@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import behind, notes, tables
-from analysis.arms import declared, described, load
+from analysis.arms import declared, described, load, place_of
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
 from analysis.runs import Mirror, read_study
@@ -29,7 +29,8 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     if curves, a file of public curves to lay under the figure, is none."""
     style, asked = load("style"), declared(name)
     public = routing_curves(curves) if curves else None
-    study = read_study(name, runs, places)
+    alike = (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
+    study = read_study(name, runs, places, alike)
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     behind.write(behind.behind(study, runs, results, style, asked), folder / "runs.csv")

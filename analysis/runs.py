@@ -52,9 +52,12 @@ class Record(NamedTuple):
     runs: list[str]
 
 
-def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study:
+def read_study(
+    name: str, folder: Path, mirrors: Sequence[Mirror] = (), group: Callable[[str], str] = lambda arm: ""
+) -> Study:
     """The runs that folder/sweeps/name.json lists, from their folders and from mirrors; a run found in several places
-    counts once. Without that file, the runs of mirrors that were made for this sweep.
+    counts once. Without that file, the runs of mirrors that were made for this sweep. group: arm -> what names those
+    that must share data and budget.
 
     ValueError if there is neither, or if no run has finished.
     """
@@ -65,7 +68,8 @@ def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
-    _set_apart(rows)
+    for each in dict.fromkeys(group(row["arm"]) for row in rows):
+        _set_apart([row for row in rows if group(row["arm"]) == each])
     runs = pd.DataFrame(rows)
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
@@ -124,6 +128,8 @@ def _set_apart(rows: list[dict[str, Any]]) -> None:
     """Who differs from most finished runs gets an outcome that says so."""
     for key, outcome in COMPARABLE.items():
         finished = [row for row in rows if row["outcome"] == "finished"]
+        if not finished:
+            return
         kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in job order
         for row in finished:
             if row.get(key) != kept:

@@ -25,7 +25,10 @@ UNKNOWN = (
 UNKNOWN += ("variance_ratio", "equivalence_p", "seeds_to_separate")
 WITHIN = {"active_parameters": "parameters/active", "total_parameters": "parameters/total"}
 WITHIN |= {"flops_per_token": "train_flops_per_token", "peak_memory_bytes": "peak_memory_bytes"}
-WITHIN |= {key: key for key in ("tokens_per_second", "seconds_to_reference", "documents_low", "documents_high")}
+WITHIN |= {
+    key: key
+    for key in ("tokens_per_second", "train_seconds", "seconds_to_reference", "documents_low", "documents_high")
+}
 
 
 def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
@@ -34,19 +37,23 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
     arms = described(runs["arm"], style)
     pairs = references(arms, asked)
     model = model_of(counted, arms, asked)
-    compared, scatter = compare(model, dict(pairs)), residual_deviations(model)
+    compared, scatter = compare(model, {**pairs}), residual_deviations(model)
     rows = []
     for name, arm in arms.items():
-        own = counted.loc[counted["arm"] == name]
+        own: Any = counted.loc[counted["arm"] == name]
         leaks = own["leaks"].astype(str).str.contains("evaluation").any() if "leaks" in own else False
         label = arm.label + (f" {LEAKS}" if leaks else "")
         row = {"arm": name, "method": arm.method, "place": arm.place, "x": arm.x, "label": label}
-        row |= {"planned": int((runs["arm"] == name).sum()), "n": len(own), "reference": name not in pairs}
+        row |= {
+            "planned": list(runs["arm"]).count(name),
+            "n": len(own),
+            "reference": name in pairs.values() and name not in pairs,
+        }
         row |= {"reference_arm": pairs.get(name, ""), **losses(own), **costs(own)}
         row |= differences(model, compared.get(name), name, pairs.get(name), asked["margin"])
         row["residual_deviation"] = scatter.get(name, np.nan)
         rows.append(row)
-    frame = beside_references(pd.DataFrame(rows), counted)
+    frame = beside_references(pd.DataFrame(rows))
     frame["below_floor"] = frame["difference_mean"].abs() < runs["noise_floor"].iloc[0]
     return frame
 
@@ -55,12 +62,12 @@ def model_of(counted: pd.DataFrame, arms: dict[str, Any], asked: dict[str, Any])
     """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them."""
     seeds = counted["seed"].astype(str)
     if asked.get("groups"):
-        seeds = seeds + " of " + counted["arm"].map({name: arm.place for name, arm in arms.items()})
+        seeds = seeds + " of " + pd.Series([arms[arm].place for arm in counted["arm"]], index=counted.index)
     return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted["test/ce"].to_numpy())
 
 
-def losses(runs: pd.DataFrame) -> dict[str, float]:
-    row = {}
+def losses(runs: Any) -> dict[str, float]:
+    row: dict[str, float] = {}
     for split in ("test", "val"):
         mean, deviation = mean_and_deviation(runs[f"{split}/perplexity"])
         row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
@@ -70,11 +77,11 @@ def losses(runs: pd.DataFrame) -> dict[str, float]:
     return row | {"below_unigram": (runs["val/unigram_entropy"] - runs["val/ce"]).mean()}
 
 
-def costs(runs: pd.DataFrame) -> dict[str, float]:
+def costs(runs: Any) -> dict[str, float]:
     return {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
 
 
-def mean_of_all(runs: pd.DataFrame, column: str) -> float:
+def mean_of_all(runs: Any, column: str) -> float:
     """NaN if a run lacks the figure, as a short run its speed."""
     return float(runs[column].astype(float).mean(skipna=False)) if column in runs and len(runs) else np.nan
 
@@ -101,11 +108,10 @@ def differences(
     return row
 
 
-def beside_references(frame: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
-    """Adds FLOPs and parameters over the reference's, and the training time of the reference itself."""
-    by_arm: Any = frame.set_index("arm")
-    own = frame["reference_arm"].where(frame["reference_arm"] != "", frame["arm"])
+def beside_references(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds FLOPs and parameters over the reference's."""
+    own = [row["reference_arm"] or row["arm"] for row in frame.to_dict("records")]
     for what in ("flops_per_token", "total_parameters"):
-        frame[f"{what}_over_reference"] = frame[what] / own.map(dict(by_arm[what]))
-    frame["train_seconds"] = frame["arm"].map(dict(counted.groupby("arm")["train_seconds"].mean()))
+        by_arm = dict(zip(frame["arm"], frame[what]))
+        frame[f"{what}_over_reference"] = frame[what] / [by_arm[arm] for arm in own]
     return frame

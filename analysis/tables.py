@@ -25,9 +25,10 @@ def of_columns(rows: list[list[str]], headers: list[str], form: str, left: tuple
 def reference_of(frame: pd.DataFrame) -> str:
     """What the differences are to, for a header: one arm's label, or that of the method at each place."""
     references = frame.loc[frame["arm"].isin(frame["reference_arm"])]
-    if len(references) == 1:
-        return references["label"].iloc[0]
-    return references["label"].iloc[0].split(",")[0] if len(references) else frame["label"].iloc[0]
+    first = (references if len(references) else frame).to_dict("records")[0]
+    if len(references) < 2:
+        return first["label"]
+    return first["label"].removesuffix(", " + first["place"].replace("_", " "))
 
 
 def result(frame: pd.DataFrame, form: str) -> str:
@@ -49,8 +50,8 @@ def result(frame: pd.DataFrame, form: str) -> str:
 def difference_of(row: dict[str, Any]) -> str:
     if row["reference"]:
         return "reference"
-    if not row["difference_pairs"] and row["difference_mean"] != row["difference_mean"]:
-        return "no pair"
+    if row["difference_mean"] != row["difference_mean"]:
+        return "no pair" if row["reference_arm"] else ""
     return " ".join([interval(row, "difference"), *marks(row)])
 
 
@@ -124,7 +125,7 @@ def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: st
             cell = [row["label"] + note, given(row["test_perplexity"], ".2f"), of_paper(theirs, "test")]
             cell += [given(row["val_perplexity"], ".2f"), of_paper(theirs, "valid")]
             cells.append(
-                [*cell, *(["", ""] if row["reference"] else [given(row["difference_mean"], "+.3f"), published])]
+                [*cell, *(["", ""] if not row["reference_arm"] else [given(row["difference_mean"], "+.3f"), published])]
             )
     headers = ["method", "test\nours", "\npublished", "validation\nours", "\npublished"]
     headers += [f"nats to {reference_of(frame)}\nours", "\npublished"]
