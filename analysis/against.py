@@ -28,7 +28,10 @@ def against_place(
     figure.subplots(count, sharex=True)
     upper, lower, *below = figure.axes
     rows = frame.loc[frame["n"] > 0].assign(x=frame["x"].astype(float))
-    for method, own in rows.groupby("method", sort=False):
+    places = sorted(set(rows["x"].dropna()))
+    methods = rows["method"].unique()
+    for number, (method, own) in enumerate(rows.groupby("method", sort=False)):
+        own = own.assign(x=beside(own["x"], number - (len(methods) - 1) / 2, places, asked["scale"]))
         look, label = arms[own["arm"].iloc[0]].look, style["arms"].get(method, {}).get("label", method)
         losses(upper, own, look, label)
         compared(lower, own.loc[own["difference_mean"].notna()], look, papers)
@@ -38,12 +41,12 @@ def against_place(
     for axes in below:
         public_curves(axes, public, style)
     theirs = [] if public is None else public["num_experts"].tolist()
-    scale_x(figure.axes[-1], sorted({*rows["x"].dropna(), *theirs}), asked["scale"])
+    scale_x(figure.axes[-1], sorted({*places, *theirs}), asked["scale"])
     n = " to ".join(str(each) for each in {rows["n"].min(): 0, rows["n"].max(): 0})
-    told = "; below: 95 %, all at once" if rows["difference_low"].notna().any() else ""
+    told = "\nbars below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
     told += "; hollow: published" if any(arm in papers for arm in rows["arm"]) else ""
     figure.axes[-1].set_xlabel(asked["axis"])
-    figure.supxlabel(f"n = {n}; bars above: ± 1 standard deviation{told}", fontsize=6)
+    figure.supxlabel(f"n = {n} seeds; bars above: ± 1 standard deviation{told}", fontsize=6)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.align_ylabels()
 
@@ -93,12 +96,23 @@ def public_curves(axes: Axes, public: pd.DataFrame | None, style: dict) -> None:
     axes.legend()
 
 
+def beside(x: pd.Series, step: float, places: list[float], scale: str) -> pd.Series:
+    """x, moved by a hundredth of the axis a step: so the bars of several methods at one place can be told apart."""
+    if len(places) < 2 or scale == "symlog":
+        return x
+    low, high = places[0], places[-1]
+    return x * (high / low) ** (0.01 * step) if scale == "log" else x + 0.01 * step * (high - low)
+
+
 def scale_x(axes: Axes, places: list[float], scale: str) -> None:
     """Ticks where the runs are; symlog starts at the least place above 0."""
     least = min((place for place in places if place > 0), default=1.0)
     options = {"linthresh": least, "linscale": 0.5} if scale == "symlog" else {"base": 2} if scale == "log" else {}
     axes.set_xscale(scale, **options)
-    axes.margins(x=0.06)
+    low, high = places[0], places[-1]
+    pad = 0.06 * (high - low)
+    room = (low - pad, high + pad) if scale == "linear" else (low * 0.85 or -0.3 * least, high * 1.18)
+    axes.set_xlim(*room)
     axes.xaxis.set_major_locator(FixedLocator([*np.unique(places)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
