@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 from safetensors import safe_open
 
+from analysis import ledger
 from analysis.arms import described, references
 from analysis.runs import Study
 from analysis.variation import noise_floor, over_documents
@@ -47,7 +48,7 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
-    runs["tuning"] = "\n".join(tuning_of(results, study.scale, list(runs["arm"].unique())))
+    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, list(runs["arm"].unique())))
     runs["noise_floor"] = floor_of(results / study.scale / "noise_floor" / "runs.csv")
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
@@ -81,11 +82,6 @@ def read(path: Path) -> pd.DataFrame:
     for column in columns.difference(texts, sort=False):
         runs[column] = [_number(value) for value in runs[column]]
     return runs
-
-
-def tuning_of(results: Path, scale: str, arms: list[str]) -> list[str]:
-    """Lines for the notes: how each arm was tuned. The place for analysis.ledger.notes(results, scale, arms)."""
-    return []
 
 
 def origin(folder: Path) -> dict[str, Any]:
