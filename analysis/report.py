@@ -10,7 +10,7 @@ import yaml
 
 from analysis import tables
 from analysis.figures import save_differences, save_learning_curves
-from analysis.runs import read_study
+from analysis.runs import flaws, read_study
 
 
 def report(name: str, runs: Path, results: Path) -> str:
@@ -18,7 +18,7 @@ def report(name: str, runs: Path, results: Path) -> str:
     style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
     study = read_study(name, runs)
     frame = tables.table(study, style)
-    header, notes = tables.header(study, style), tables.notes(study, frame)
+    header, notes = tables.header(study, style), tables.notes(study, frame) + flaws(study)
     parts = (tables.printed, tables.by_text, tables.costs)
     terminal, markdown = ("\n\n".join(filter(None, (p(frame, f) for p in parts))) for f in ("simple", "pipe"))
 

@@ -1,87 +1,138 @@
-"""Run folders as data frames, and which of the runs may stand in one mean."""
+"""Runs as data frames, and which of them may stand in one mean."""
 
 import fcntl
-import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
 
+from analysis.metrics import Metrics, parsed, read_metrics
+
 # What runs must share to be averaged or compared, and the outcome of those that do not.
 COMPARABLE = {"data_fingerprint": "other data", "token_budget": "other token budget", "code": "other commit"}
+ENDED = ("finished", "diverged")  # the outcomes of runs that have a result
+
+
+class Found(NamedTuple):
+    """One run as it was found in one place."""
+
+    row: dict[str, Any]  # of Study.runs
+    metrics: Metrics
+    config: Callable[[], dict[str, Any]]
+
+
+Mirror = Mapping[str, Found]  # of another place than run folders, by run id
 
 
 class Study(NamedTuple):
-    """One sweep as found on disk."""
+    """One sweep as it was found."""
 
     name: str
     scale: str
     command: str  # that started the sweep
     # A row a run, in job order: id, arm, seed, outcome (finished, diverged, failed, running, stopped, missing,
-    # unreadable or one of COMPARABLE's), why, then what result.json holds, code and device.
+    # unreadable or one of COMPARABLE's), why, flaws, then what result.json holds, code and device.
     runs: pd.DataFrame
     counted: pd.DataFrame  # the rows of runs that enter means: the finished
-    curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, tokens, val/ce (nats per token)
+    curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, and metrics.CURVE (nats per token)
     config: dict  # of the first finished run
 
 
-def read_study(name: str, folder: Path) -> Study:
-    """Read folder/sweeps/name.json and the runs it lists. ValueError if it is not there or no run has finished."""
-    path = folder / "sweeps" / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
-    record = _parse(path.read_text(), str(path))
-    rows = [read_run(folder, run) for run in dict.fromkeys(record["runs"])]
+class Record(NamedTuple):
+    """Which runs a sweep compares, in job order."""
+
+    scale: str
+    command: str
+    runs: list[str]
+
+
+def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study:
+    """The runs that folder/sweeps/name.json lists, from their folders and from mirrors; a run found in several places
+    counts once. Without that file, the runs of mirrors that were made for this sweep.
+
+    ValueError if there is neither, or if no run has finished.
+    """
+    record = read_record(name, folder, mirrors)
+    found = {run: find_run(folder, run, mirrors) for run in record.runs}
+    rows = [each.row for each in found.values()]
     outcomes = Counter(row["outcome"] for row in rows)
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
-    for key, outcome in COMPARABLE.items():  # who differs from most gets an outcome that says so
+    _set_apart(rows)
+    runs = pd.DataFrame(rows)
+    counted = runs.loc[runs["outcome"] == "finished"]
+    identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
+    curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])
+    config = found[counted["id"].iloc[0]].config()
+    return Study(name, record.scale, record.command, runs, counted, curves, config)
+
+
+def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Record:
+    """What folder/sweeps/name.json says; without it, what the configs of mirrored runs say of their sweep."""
+    path = folder / "sweeps" / f"{name}.json"
+    if path.exists():
+        record = parsed(path.read_text(), str(path))
+        return Record(record["scale"], shlex.join(record["command"]), list(dict.fromkeys(record["runs"])))
+    runs = {run: found.config() for mirror in mirrors for run, found in mirror.items()}
+    runs = {run: config for run, config in runs.items() if config.get("sweep") == name}
+    if not runs:
+        raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
+    scale = Counter(config["scale"] for config in runs.values()).most_common(1)[0][0]
+    return Record(scale, f"python run.py -m sweeps={name} scale={scale}", sorted(runs))
+
+
+def find_run(folder: Path, name: str, mirrors: Sequence[Mirror] = ()) -> Found:
+    """Of all places the one that knows most of the run: its result, or else its last step; of equals the first."""
+    places = [read_run(folder, name), *(mirror[name] for mirror in mirrors if name in mirror)]
+    return max(places, key=lambda found: (found.row["outcome"] in ENDED, found.metrics.last_step))
+
+
+def read_run(folder: Path, name: str) -> Found:
+    """The run folder/name. ValueError if no run can be called so."""
+    path, metrics = folder / name, Metrics([], [])
+    row = identity(name)
+    try:
+        if path.is_dir():
+            metrics = read_metrics(path)
+            row |= {"flaws": "; ".join(metrics.flaws)} | _outcome(path, metrics)
+        else:
+            row["outcome"] = "missing"
+    except (ValueError, KeyError, OSError) as error:
+        row |= {"outcome": "unreadable", "why": f"{type(error).__name__}: {error}"}
+    return Found(row, metrics, lambda: yaml.safe_load((path / "config.yaml").read_text()))
+
+
+def identity(name: str) -> dict[str, Any]:
+    """What a run's name says, and the columns that every row has. ValueError if no run can be called so."""
+    match = re.fullmatch(r"([^/]+)-s(\d+)-[0-9a-f]+", name)
+    if match is None:
+        raise ValueError(f"a run folder is called <arm>-s<seed>-<id>, not {name!r}")
+    return {"id": name, "arm": match[1], "seed": int(match[2]), "outcome": "", "why": "", "flaws": ""}
+
+
+def _set_apart(rows: list[dict[str, Any]]) -> None:
+    """Who differs from most finished runs gets an outcome that says so."""
+    for key, outcome in COMPARABLE.items():
         finished = [row for row in rows if row["outcome"] == "finished"]
         kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in job order
         for row in finished:
             if row.get(key) != kept:
                 row.update(outcome=outcome, why=f"{str(row.get(key))[:23]}, not {str(kept)[:23]}")
-    runs = pd.DataFrame(rows)
-    counted = runs.loc[runs["outcome"] == "finished"]
-    identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
-    metrics = [read_metrics(folder / run).assign(arm=arm, seed=seed) for run, arm, seed in identity]
-    curves = pd.concat(metrics).loc[:, ["arm", "seed", "tokens", "val/ce"]].dropna()
-    config = yaml.safe_load((folder / counted["id"].iloc[0] / "config.yaml").read_text())
-    return Study(name, record["scale"], shlex.join(record["command"]), runs, counted, curves, config)
 
 
-def read_run(folder: Path, name: str) -> dict:
-    """One row of Study.runs, for the run folder/name. ValueError if no run can be called so."""
-    match = re.fullmatch(r"([^/]+)-s(\d+)-[0-9a-f]+", name)
-    if match is None:
-        raise ValueError(f"a run folder is called <arm>-s<seed>-<id>, not {name!r}")
-    try:
-        found = _outcome(folder / name)
-    except (ValueError, KeyError, OSError) as error:
-        found = {"outcome": "unreadable", "why": f"{type(error).__name__}: {error}"}
-    return {"id": name, "arm": match[1], "seed": int(match[2]), "outcome": "", "why": ""} | found
-
-
-def _outcome(folder: Path) -> dict:
-    """What became of a run, and its figures. A loss that is not finite is diverged, whatever the run says."""
-    if not folder.is_dir():
-        return {"outcome": "missing"}
-    metrics = read_metrics(folder)
+def _outcome(folder: Path, metrics: Metrics) -> dict[str, Any]:
+    """What became of a run, and its figures."""
     if (folder / "result.json").exists():
-        result, provenance = (_parse((folder / file).read_text(), file) for file in ("result.json", "provenance.json"))
-        git = provenance["git"]
-        code = "+".join(part for part in (git["commit"][:10], git["dirty"]) if part)
-        if result["outcome"] != "finished" or not np.isfinite([result["test/ce"], result["val/ce"]]).all():
-            result |= {"outcome": "diverged", "why": f"at step {result['step']}"}
-        result.setdefault("token_budget", result["tokens"])  # without early stopping they are the same
-        return result | {"code": code, "device": provenance["device"]}
-    progress = f"at step {metrics['step'].iloc[-1]}" if len(metrics) else "before its first step"
+        result, origin = (parsed((folder / file).read_text(), file) for file in ("result.json", "provenance.json"))
+        return judged(result, origin)
+    progress = metrics.progress()
     if (folder / "lock").exists():
         with (folder / "lock").open() as lock:
             try:
@@ -93,15 +144,17 @@ def _outcome(folder: Path) -> dict:
     return {"outcome": "stopped", "why": progress}
 
 
-def read_metrics(folder: Path) -> pd.DataFrame:
-    """metrics.jsonl, a row a line; a last line cut short by a kill is left out. ValueError if another is no JSON."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return pd.DataFrame([_parse(line, "metrics.jsonl") for line in lines])
+def judged(result: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """result.json's figures, code and device. A loss that is not finite is diverged, whatever the run says."""
+    code = "+".join(part for part in (origin["git"]["commit"][:10], origin["git"]["dirty"]) if part)
+    if result["outcome"] != "finished" or not np.isfinite([result["test/ce"], result["val/ce"]]).all():
+        result = result | {"outcome": "diverged", "why": f"at step {result['step']}"}
+    budget = result.get("token_budget", result["tokens"])  # without early stopping they are the same
+    return result | {"token_budget": budget, "code": code, "device": origin["device"]}
 
 
-def _parse(text: str, file: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+def flaws(study: Study) -> str:
+    """Lines for a report: what is wrong with records, though it moves no figure; "" if nothing is."""
+    flawed = study.runs.loc[study.runs["flaws"] != ""]
+    lines = [f"\n  {run}: {flaw}" for run, flaw in zip(flawed["id"], flawed["flaws"])]
+    return "".join(["\nrecords with flaws that move no figure:", *lines]) if lines else ""

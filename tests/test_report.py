@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import yaml
 
 from analysis.figures import over_seeds
 from analysis.report import main, report
-from analysis.runs import read_metrics, read_study
+from analysis.metrics import read_metrics
+from analysis.runs import read_study
 from analysis.tables import human
 
 ARMS = {"dense": 5.30, "hash_random": 5.25, "hash_balanced": 5.24, "switch": 5.29, "base": 5.26}
@@ -220,11 +222,19 @@ def test_without_a_finished_reference_there_are_means_but_no_differences(tmp_pat
     assert "0 of 1" in printed and "no pair" in printed and "nan" not in printed
 
 
-def test_a_last_line_that_is_cut_short_changes_nothing(whole):
+def test_a_last_line_that_is_cut_and_steps_written_twice_change_no_curve_and_are_named(whole, tmp_path):
     before = read_study("quickstart", whole).curves
-    metrics = next(whole.glob("switch-s1-*")) / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 220, "val/ce": 5.')
-    pd.testing.assert_frame_equal(read_study("quickstart", whole).curves, before)
+    cut, twice = (next(whole.glob(f"switch-s{seed}-*")) / "metrics.jsonl" for seed in (1, 2))
+    cut.write_text(cut.read_text() + '{"step": 220, "val/ce": 5.')
+    twice.write_text('{"step": 20, "tokens": 1, "val/ce": 9.0}\n' * 2 + twice.read_text())  # the later line counts
+    twice.write_text(twice.read_text() + twice.read_text().splitlines()[-1] + "\n")
+    study = read_study("quickstart", whole)
+    columns = ["arm", "seed", "tokens", "val/ce"]
+    curves = [frame[columns].sort_values(columns, ignore_index=True) for frame in (study.curves, before)]
+    pd.testing.assert_frame_equal(*curves)
+    printed = report("quickstart", whole, tmp_path / "results")
+    assert f"{cut.parent.name}: the last line of metrics.jsonl is cut" in printed
+    assert f"{twice.parent.name}: metrics.jsonl has step 20, 200 twice; the later line counts" in printed
 
 
 def test_a_file_of_metrics_that_is_damaged_in_its_middle_makes_its_run_unreadable(whole):
@@ -288,7 +298,7 @@ def test_counts_are_readable(count, text):
 
 
 def test_metrics_of_a_run_that_has_written_none_are_empty(tmp_path):
-    assert read_metrics(tmp_path).empty
+    assert read_metrics(tmp_path).curve().empty
 
 
 def test_costs_stand_beside_the_references(whole, tmp_path):
@@ -312,3 +322,18 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     assert "training.sample" in printed
     assert f"training.sample {runs}/arm_13-" in printed, "the best that sees no future is to continue a text"
     assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.long
+def test_sixty_runs_of_two_thousand_logged_steps_are_read_in_two_seconds(tmp_path):
+    runs = tmp_path / "runs"
+    folders = [write_run(runs, f"arm_{arm}", seed, 5.0 + arm / 100) for arm in range(20) for seed in range(3)]
+    routes = {f"route/{layer}/{name}": 1.23456789012345 for layer in (1, 3) for name in ("max_over_mean", "entropy")}
+    for folder in folders:
+        lines = [{"step": step, "tokens": step, "seconds": step / 7, "train/ce": 6.1} | routes for step in range(2001)]
+        lines += [{"step": step, "tokens": step, "seconds": step / 7, "val/ce": 6.1} for step in range(0, 2001, 50)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_sweep(runs, folders)
+    began = time.process_time()
+    assert len(read_study("quickstart", runs).curves) == 60 * 41
+    assert time.process_time() - began < 2
