@@ -4,19 +4,21 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from analysis import tables
 from analysis.figures import save_differences, save_learning_curves
-from analysis.runs import flaws, read_study
+from analysis.runs import Mirror, flaws, read_study
+from analysis.wandb_runs import mirrors
 
 
-def report(name: str, runs: Path, results: Path) -> str:
+def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
     """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished."""
     style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
-    study = read_study(name, runs)
+    study = read_study(name, runs, places)
     frame = tables.table(study, style)
     header, notes = tables.header(study, style), tables.notes(study, frame) + flaws(study)
     parts = (tables.printed, tables.by_text, tables.costs)
@@ -48,8 +50,20 @@ def main() -> None:
     parser.add_argument("name", help="a sweep that was run, for example quickstart")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read runs from this wandb project too")
+    parser.add_argument(
+        "--offline",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="read wandb's offline files too: under --runs, or under FOLDER",
+    )
+    given = parser.parse_args()
     try:
-        print(report(**vars(parser.parse_args())))
+        offline = given.runs if given.offline is True else given.offline
+        places = mirrors(given.name, given.runs, offline, given.wandb)
+        print(report(given.name, given.runs, given.results, places))
     except (ValueError, OSError) as error:
         parser.exit(1, f"analysis.report: {error}\n")
 

@@ -27,7 +27,7 @@ class Found(NamedTuple):
     config: Callable[[], dict[str, Any]]
 
 
-Mirror = Mapping[str, Found]  # of another place than run folders, by run id
+Mirror = Mapping[str, Callable[[], Found]]  # of another place than run folders, by run id, read when it is asked for
 
 
 class Study(NamedTuple):
@@ -80,7 +80,7 @@ def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Reco
     if path.exists():
         record = parsed(path.read_text(), str(path))
         return Record(record["scale"], shlex.join(record["command"]), list(dict.fromkeys(record["runs"])))
-    runs = {run: found.config() for mirror in mirrors for run, found in mirror.items()}
+    runs = {run: find().config() for mirror in mirrors for run, find in mirror.items()}
     runs = {run: config for run, config in runs.items() if config.get("sweep") == name}
     if not runs:
         raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
@@ -90,7 +90,10 @@ def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Reco
 
 def find_run(folder: Path, name: str, mirrors: Sequence[Mirror] = ()) -> Found:
     """Of all places the one that knows most of the run: its result, or else its last step; of equals the first."""
-    places = [read_run(folder, name), *(mirror[name] for mirror in mirrors if name in mirror)]
+    here = read_run(folder, name)
+    if here.row["outcome"] in ENDED:
+        return here
+    places = [here, *(mirror[name]() for mirror in mirrors if name in mirror)]
     return max(places, key=lambda found: (found.row["outcome"] in ENDED, found.metrics.last_step))
 
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from analysis.figures import over_seeds
-from analysis.report import main, report
 from analysis.metrics import read_metrics
+from analysis.report import main, report
 from analysis.runs import read_study
 from analysis.tables import human
 

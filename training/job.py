@@ -87,7 +87,7 @@ def _train(opened: Run) -> int:
         recorder.say(_announcement(session))
         outcome = _outcome(session, recorder, stop)
         result = outcome | _figures(session) | {"seconds": time.perf_counter() - began}
-        recorder.mirror(lambda run: run.summary.update(result))
+        recorder.conclude(result, session.origin)
         write_atomically(folder / "result.json", json.dumps(result, indent=1))
         checkpoint.prune(folder / "checkpoints", settings.record.keep_weights, settings.record.keep_optimizer)
         if result["outcome"] == "diverged":

@@ -53,6 +53,12 @@ class Recorder:
             figures = f"validation {values['val/ce']:.4f} nats per token"
         self.say(f"  step {at.step}/{train.steps}, {figures}")
 
+    def conclude(self, result: dict[str, Any], origin: dict[str, Any]) -> None:
+        """The mirror of result.json, and of what analysis reads in provenance.json."""
+        code = {key: origin["git"][key] for key in ("commit", "dirty")}
+        summary = result | {"result": result, "origin": {"git": code, "device": origin["device"]}}
+        self.mirror(lambda run: run.summary.update(summary))
+
     def mirror(self, action: Callable[[Any], Any]) -> None:
         """action(wandb run), if there is one."""
         if self.wandb is not None:
