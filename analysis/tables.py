@@ -36,7 +36,8 @@ def table(study: Study, style: dict) -> pd.DataFrame:
             runs[column].mean() for column in ("train_flops_per_token", "peak_memory_bytes")
         )
         difference = paired_difference(runs.loc[:, "test/ce"], base.loc[:, "test/ce"])
-        row |= {f"difference_{key}": value for key, value in difference._asdict().items()}
+        row |= {"difference_pairs": difference.n, "difference_mean": difference.value}
+        row["difference_low"], row["difference_high"] = difference.interval()
         row |= {"separated": difference.separated, "reference": arm == reference}
         row["below_unigram"] = (runs["val/unigram_entropy"] - runs["val/ce"]).mean()
         row["tokens_per_second"] = runs["tokens_per_second"].astype(float).mean(skipna=False)  # a short run has none

@@ -1,36 +1,46 @@
-"""Statistics of a handful of seeds, by hand and by simulation."""
+"""Statistics of a handful of seeds, by hand and by other programs."""
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
-from analysis.statistics import mean_and_deviation, paired_difference
+from analysis.statistics import (
+    contrast_within_seeds,
+    holm,
+    mean_and_deviation,
+    mean_of,
+    paired_difference,
+    slope_weights,
+)
 
 
 def test_a_paired_interval_is_that_of_hand_arithmetic():
     arm = pd.Series([1.0, 2.0, 4.0], index=[0, 1, 2])
     reference = pd.Series([2.0, 4.0, 7.0], index=[0, 1, 2])
     # differences -1, -2, -3: mean -2, deviation 1; t(0.975, 2) = 4.302653 in printed tables, over sqrt(3)
-    pairs, mean, low, high = paired_difference(arm, reference)
-    assert (pairs, mean) == (3, -2.0)
-    assert [low, high] == pytest.approx([-2 - 2.484138, -2 + 2.484138], abs=1e-6)
+    difference = paired_difference(arm, reference)
+    assert (difference.n, difference.value) == (3, -2.0)
+    assert list(difference.interval()) == pytest.approx([-2 - 2.484138, -2 + 2.484138], abs=1e-6)
 
 
 def test_pairs_are_made_by_seed_not_by_position():
     arm = pd.Series([10.1, 30.1, 20.1], index=[1, 3, 2])
     reference = pd.Series([30.0, 10.0, 20.0, 99.0], index=[3, 1, 2, 7])
     difference = paired_difference(arm, reference)
-    assert difference.pairs == 3
-    assert difference.mean == pytest.approx(0.1)
-    assert difference.high - difference.low == pytest.approx(0, abs=1e-12)
+    assert difference.n == 3
+    assert difference.value == pytest.approx(0.1)
+    assert difference.error == pytest.approx(0, abs=1e-12)
 
 
 def test_one_pair_has_a_difference_but_no_interval_and_none_has_neither():
     one = paired_difference(pd.Series([1.0], index=[4]), pd.Series([3.0, 5.0], index=[4, 5]))
-    assert (one.pairs, one.mean, one.separated) == (1, -2.0, False)
-    assert np.isnan([one.low, one.high]).all()
+    assert (one.n, one.value, one.separated) == (1, -2.0, False)
+    assert np.isnan([*one.interval(), one.p, one.p_within(9.0)]).all()
     none = paired_difference(pd.Series([1.0], index=[4]), pd.Series([3.0], index=[5]))
-    assert none.pairs == 0 and np.isnan(none.mean) and not none.separated
+    assert none.n == 0 and np.isnan(none.value) and not none.separated
 
 
 @pytest.mark.parametrize(("shift", "separated"), [(0.0, False), (-5.0, True), (5.0, True)])
@@ -55,23 +65,53 @@ def test_a_seed_that_occurs_twice_is_no_pair():
         paired_difference(pd.Series([1.0, 2.0], index=[3, 3]), pd.Series([1.0], index=[3]))
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_ninety_five_intervals_of_a_hundred_cover_the_truth(seeds):
-    draws, trials = np.random.default_rng(0), 2000
-    covered = 0
-    for _ in range(trials):
-        seed_effect = draws.normal(0, 1.0, seeds)  # shared by the pair: cancels
-        reference = pd.Series(seed_effect + draws.normal(0, 0.1, seeds))
-        arm = pd.Series(seed_effect + draws.normal(0, 0.1, seeds) - 0.05)
-        difference = paired_difference(arm, reference)
-        covered += difference.low <= -0.05 <= difference.high
-    assert covered / trials == pytest.approx(0.95, abs=0.015)
+def test_one_and_two_sided_p_are_those_of_scipy():
+    values = np.array([0.01, 0.03, 0.02, 0.05])
+    found = mean_of(pd.Series(values))
+
+    def scipys(about: float, alternative: Any) -> float:
+        tested: Any = ttest_1samp(values, about, alternative=alternative)
+        return tested.pvalue
+
+    assert found.p == pytest.approx(scipys(0, "two-sided"))
+    assert found.p_below(0.04) == pytest.approx(scipys(0.04, "less"))
+    assert found.p_within(0.04) == pytest.approx(max(scipys(-0.04, "greater"), found.p_below(0.04)))
 
 
-def test_pairing_narrows_the_interval_when_seeds_matter():
-    draws = np.random.default_rng(1)
-    seed_effect = draws.normal(0, 1.0, 5)
-    reference, arm = (pd.Series(seed_effect + draws.normal(0, 0.01, 5)) for _ in range(2))
-    paired = paired_difference(arm, reference)
-    shuffled = paired_difference(arm, pd.Series(reference.to_numpy(), index=[1, 2, 3, 4, 0]))
-    assert paired.high - paired.low < 0.1 * (shuffled.high - shuffled.low)
+def test_equivalence_is_that_the_ninety_percent_interval_lies_within_the_margin():
+    found = mean_of(pd.Series([0.001, -0.002, 0.0015, 0.0, 0.0008]))
+    edge = max(abs(end) for end in found.interval(0.90))
+    assert found.p_within(edge) == pytest.approx(0.05)
+    assert found.p_within(0.99 * edge) > 0.05 > found.p_within(1.01 * edge)
+
+
+def test_equal_figures_differ_by_nothing_and_a_shift_without_scatter_is_certain():
+    assert mean_of(pd.Series([0.0, 0.0, 0.0])).p == 1
+    assert mean_of(pd.Series([0.5, 0.5, 0.5])).p == 0
+
+
+def test_a_slope_within_seeds_is_that_of_each_seeds_line():
+    sizes, seeds = [16, 32, 64, 128], [0, 1, 2]
+    slopes, shifts = [-0.010, -0.012, -0.014], [0.0, 5.0, -3.0]
+    lead = np.array([[shift + slope * np.log2(size) for size in sizes] for slope, shift in zip(slopes, shifts)])
+    common = np.random.default_rng(0).normal(size=(3, 4))  # which both arms share, as they do their data
+    cells = [(arm, size) for arm in ("one", "other") for size in sizes]
+    losses = pd.DataFrame(np.hstack([common, common + lead]), index=seeds, columns=pd.Index(cells, tupleize_cols=False))
+    weights = slope_weights(np.log2(sizes))
+    found = contrast_within_seeds(losses, pd.Series([*-weights, *weights], index=pd.Index(cells, tupleize_cols=False)))
+    assert (found.n, found.dof) == (3, 2)
+    assert found.value == pytest.approx(-0.012) and found.error == pytest.approx(0.002 / 3**0.5)
+    with pytest.raises(ValueError, match="which no run has"):
+        contrast_within_seeds(losses, pd.Series({"third": 1.0}))
+    with pytest.raises(ValueError, match="two different places"):
+        slope_weights([3, 3])
+
+
+def test_holm_is_hand_arithmetic_and_a_claim_without_runs_counts_as_a_test():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.01, np.nan, 0.04, 0.03]) == pytest.approx([0.04, np.nan, 0.09, 0.09], nan_ok=True)
+
+
+def test_holm_keeps_false_claims_among_twelve_nulls_at_five_percent():
+    p = np.random.default_rng(0).uniform(size=(4000, 12))
+    assert np.mean([holm(row).min() < 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
