@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from analysis import tables
+from analysis.explain import explain
 from analysis.figures import save_differences, save_learning_curves
 from analysis.runs import Mirror, flaws, read_study
 from analysis.wandb_runs import mirrors
@@ -44,6 +45,13 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) 
     return "\n\n".join([header, terminal, notes, where, "\n".join(["what to try next:", *ideas])])
 
 
+def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
+    """Write explain.md and its figures beside the table; return what to print. ValueError as explain does."""
+    style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
+    study = read_study(name, runs, places)
+    return explain(study, tables.table(study, style), style, runs, results / study.scale / name)
+
+
 def main() -> None:
     """Print the report, or leave with status 1 and one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
@@ -59,11 +67,14 @@ def main() -> None:
         metavar="FOLDER",
         help="read wandb's offline files too: under --runs, or under FOLDER",
     )
+    parser.add_argument("--explain", action="store_true", help="why a router wins: loads, settling, token shares")
     given = parser.parse_args()
     try:
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)
         print(report(given.name, given.runs, given.results, places))
+        if given.explain:
+            print(f"\n{explained(given.name, given.runs, given.results, places)}")
     except (ValueError, OSError) as error:
         parser.exit(1, f"analysis.report: {error}\n")
 
