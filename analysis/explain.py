@@ -103,13 +103,13 @@ def by_layer(figures: pd.DataFrame) -> pd.DataFrame:
         idle = load.assign(value=load["value"] < 0.1).groupby("seed")["value"].sum()
         cells = {
             "fullest": _mean(load.loc[load["place"] == 0, "value"], "{:.2f}"),
-            "bound": _of(own, "bound", "{:.2f}"),
+            "bound": _of(own, "bound", "{:.2f}", False),
         }
         cells |= {"idle": _mean(idle, "{:.1f}", False)}
         cells |= {"explained": _of(own, "explained", "{:.3f}"), "by chance": _of(own, "by_chance", "{:.3f}", False)}
         places = sorted(settled["place"].unique())
-        for when, at in {"first": 0, "halfway": len(places) // 2, "last": -1}.items() if places else ():
-            cells[f"settled, {when}"] = _mean(settled.loc[settled["place"] == places[at], "value"], "{:.3f}", False)
+        for when, at in {"settled: first": 0, "halfway": len(places) // 2, "last": -1}.items() if places else ():
+            cells[when] = _mean(settled.loc[settled["place"] == places[at], "value"], "{:.3f}", False)
         rows.append({"arm": arm, "layer": layer} | cells)
     return pd.DataFrame(rows).fillna("")
 

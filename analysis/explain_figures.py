@@ -49,7 +49,7 @@ def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[
     for arm, look in lines.items():
         _line(axes, losses[arm] - losses[reference[0]], look, shift=1)
     axes.set_xticks(range(1, 11))
-    axes.set_xlabel("tenth of the text, by frequency of the target (1: most frequent)")
+    axes.set_xlabel("tenth of the text, the most frequent targets first")
     axes.set_ylabel(f"cross-entropy less that of\n{reference[1]} (nats per token)")
     axes.legend()
     return True
@@ -61,18 +61,7 @@ def _load(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[str, 
         own = loads.loc[loads["arm"] == arm].groupby(["seed", "place"])["value"].mean()  # over layers
         _line(axes, own, look, shift=1)
     bound = figures.loc[figures["quantity"] == "bound", "value"].min()
-    axes.axhline(bound, color="0.35", linewidth=0.7, linestyle=":")
-    right = axes.get_yaxis_transform()
-    axes.text(
-        1,
-        bound,
-        "least for the fullest of a token table ",
-        transform=right,
-        ha="right",
-        va="bottom",
-        color="0.35",
-        fontsize=6,
-    )
+    axes.axhline(bound, color="0.35", linewidth=0.7, linestyle=":", label="least for a token table's fullest")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("expert, from the fullest to the emptiest")
     axes.set_ylabel("load over the mean load")
