@@ -49,7 +49,7 @@ class Record(NamedTuple):
 
     scale: str
     command: str
-    runs: list[str]
+    cells: list[dict[str, Any]]  # run: the folder's name; arm and seed, if the sweep has labels of its own
 
 
 def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study:
@@ -59,8 +59,8 @@ def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study
     ValueError if there is neither, or if no run has finished.
     """
     record = read_record(name, folder, mirrors)
-    found = {run: find_run(folder, run, mirrors) for run in record.runs}
-    rows = [each.row for each in found.values()]
+    found = {run: find_run(folder, run, mirrors) for run in dict.fromkeys(cell["run"] for cell in record.cells)}
+    rows = [found[cell["run"]].row | {key: cell[key] for key in cell if key != "run"} for cell in record.cells]
     outcomes = Counter(row["outcome"] for row in rows)
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
@@ -79,13 +79,15 @@ def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Reco
     path = folder / "sweeps" / f"{name}.json"
     if path.exists():
         record = parsed(path.read_text(), str(path))
-        return Record(record["scale"], shlex.join(record["command"]), list(dict.fromkeys(record["runs"])))
+        # a run may stand in many sweeps, in each under a label of its own; records from before that have names alone
+        cells = record.get("cells") or [{"run": run} for run in dict.fromkeys(record["runs"])]
+        return Record(record["scale"], shlex.join(record["command"]), cells)
     runs = {run: find().config() for mirror in mirrors for run, find in mirror.items()}
     runs = {run: config for run, config in runs.items() if config.get("sweep") == name}
     if not runs:
         raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
     scale = Counter(config["scale"] for config in runs.values()).most_common(1)[0][0]
-    return Record(scale, f"python run.py -m sweeps={name} scale={scale}", sorted(runs))
+    return Record(scale, f"python run.py -m sweeps={name} scale={scale}", [{"run": run} for run in sorted(runs)])
 
 
 def find_run(folder: Path, name: str, mirrors: Sequence[Mirror] = ()) -> Found:

@@ -2,34 +2,16 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compose_config, tiny_words
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from analysis.inside import explained, token_kinds
 from analysis.report import explained as explain_report
-from training.job import FINISHED, run
-
-
-@pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory) -> Path:
-    runs = tmp_path_factory.mktemp("explained")
-    words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
-    words += ["train.steps=8", "record.evaluate_every=4", "record.keep_weights=false"]
-    for arm in ("dense", "hash_random", "switch"):
-        for seed in (0, 1):
-            assert run(compose_config(*words, f"router={arm}", f"seed={seed}")) == FINISHED
-    names = sorted(path.parent.name for path in runs.glob("*/result.json"))
-    (runs / "sweeps").mkdir()
-    record = {"sweep": "three", "scale": "smoke", "command": ["python", "run.py"], "runs": names}
-    (runs / "sweeps" / "three.json").write_text(json.dumps(record))
-    return runs
 
 
 def test_a_choice_that_follows_the_token_is_explained_and_one_that_does_not_is_not():
@@ -50,28 +32,28 @@ def test_tokens_are_parted_by_the_company_of_heavy_ones():
     assert (sum(kinds.values()) == 1).all()
 
 
-def test_the_report_explains_and_made_again_it_is_the_same_bytes(trained, tmp_path):
-    printed = explain_report("three", trained, tmp_path / "one")
-    explain_report("three", trained, tmp_path / "two")
-    folders = [tmp_path / again / "smoke" / "three" for again in ("one", "two")]
+def test_the_report_explains_and_made_again_it_is_the_same_bytes(small_study, tmp_path):
+    printed = explain_report("quickstart", small_study, tmp_path / "one")
+    explain_report("quickstart", small_study, tmp_path / "two")
+    folders = [tmp_path / again / "smoke" / "quickstart" for again in ("one", "two")]
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     names = {f"explain_{name}.{kind}" for name in ("frequency", "load", "settling", "map") for kind in ("png", "pdf")}
     assert one == two and set(one) == names | {"explain.md", "explain.csv"}
     assert "by chance" in printed and str(tmp_path).encode() not in b"".join(one.values())
     assert max(map(len, printed.splitlines())) <= 120 or "explained  /" in printed
     frame = pd.read_csv(folders[0] / "explain.csv").set_index(["quantity", "arm"]).sort_index()
-    assert (frame.loc[("explained", "hash_random"), "value"] == 1).all()
-    assert (frame.loc[("by_chance", "hash_random"), "value"] < 0.9).all()
+    assert (frame.loc[("explained", "hash_balanced"), "value"] == 1).all()
+    assert (frame.loc[("by_chance", "hash_balanced"), "value"] < 0.9).all()
     assert (frame.loc[("explained", "switch"), "value"] < 1).all()
-    assert (frame.loc[("settled", "hash_random"), "value"] == 1).all()
+    assert (frame.loc[("settled", "hash_balanced"), "value"] == 1).all()
     assert frame.loc[("settled", "switch"), "place"].nunique() == 2
-    load = frame.loc[("load", "hash_random")]
+    load = frame.loc[("load", "hash_balanced")]
     assert load.groupby("seed")["value"].mean().tolist() == pytest.approx([1, 1])
-    assert (load.loc[load["place"] == 0, "value"].min() >= frame.loc[("bound", "hash_random"), "value"]).all()
+    assert (load.loc[load["place"] == 0, "value"].min() >= frame.loc[("bound", "hash_balanced"), "value"]).all()
 
 
-def test_the_parts_of_the_loss_add_up_to_it(trained):
-    for folder in trained.glob("*-s0-*"):
+def test_the_parts_of_the_loss_add_up_to_it(small_study):
+    for folder in small_study.glob("*-s0-*"):
         result, sums = json.loads((folder / "result.json").read_text()), load_file(folder / "evaluation.safetensors")
         for name, split in (("val", "validation"), ("test", "test")):
             assert int(sums[f"{split}/input_tokens"].sum()) == result[f"{name}/tokens"]
@@ -82,35 +64,36 @@ def test_the_parts_of_the_loss_add_up_to_it(trained):
                 assert bool((routed >= sums[f"{split}/input_tokens"]).all())
 
 
-def test_the_figures_split_a_difference_into_the_tokens_kinds(trained, tmp_path):
-    explain_report("three", trained, tmp_path)
-    frame = pd.read_csv(tmp_path / "smoke" / "three" / "explain.csv")
+def test_the_figures_split_a_difference_into_the_tokens_kinds(small_study, tmp_path):
+    explain_report("quickstart", small_study, tmp_path)
+    frame = pd.read_csv(tmp_path / "smoke" / "quickstart" / "explain.csv")
     own = frame.loc[(frame["arm"] == "switch") & (frame["seed"] == 1)].set_index("quantity")["value"]
     parts = [own[f"difference_{kind}"] * own[f"share_{kind}"] for kind in ("heavy", "shared", "apart")]
     ce = [
-        json.loads(next(trained.glob(f"{arm}-s1-*/result.json")).read_text())["test/ce"] for arm in ("switch", "dense")
+        json.loads(next(small_study.glob(f"{arm}-s1-*/result.json")).read_text())["test/ce"]
+        for arm in ("switch", "dense")
     ]
     assert np.nansum(parts) == pytest.approx(ce[0] - ce[1])
 
 
-def test_frequent_tokens_stand_with_their_text_in_falling_order(trained):
-    with safe_open(next(trained.glob("dense-*")) / "evaluation.safetensors", "pt") as file:
+def test_frequent_tokens_stand_with_their_text_in_falling_order(small_study):
+    with safe_open(next(small_study.glob("dense-*")) / "evaluation.safetensors", "pt") as file:
         named = json.loads(file.metadata()["frequent_tokens"])
     assert 0 < len(named) <= 64 and all(isinstance(text, str) for _, text in named)
     assert len({token for token, _ in named}) == len(named)
 
 
-def test_runs_without_experts_or_without_their_evaluation_are_one_clear_line(trained, tmp_path):
-    record = trained / "sweeps" / "none.json"
-    content = json.loads((trained / "sweeps" / "three.json").read_text())
+def test_runs_without_experts_or_without_their_evaluation_are_one_clear_line(small_study, tmp_path):
+    record = small_study / "sweeps" / "none.json"
+    content = json.loads((small_study / "sweeps" / "quickstart.json").read_text())
     record.write_text(json.dumps(content | {"runs": [name for name in content["runs"] if "dense" in name]}))
     with pytest.raises(ValueError, match="no run of 'none' has experts"):
-        explain_report("none", trained, tmp_path)
-    lost = next(trained.glob("switch-s1-*")) / "evaluation.safetensors"
+        explain_report("none", small_study, tmp_path)
+    lost = next(small_study.glob("switch-s1-*")) / "evaluation.safetensors"
     kept = lost.rename(lost.with_suffix(".away"))
     try:
         with pytest.raises(ValueError, match="wandb does not mirror"):
-            explain_report("three", trained, tmp_path)
+            explain_report("quickstart", small_study, tmp_path)
     finally:
         kept.rename(lost)
 

@@ -6,26 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from conftest import ROOT, compose_config, tiny_words
-
-from training.job import FINISHED, run
+from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory) -> Path:
-    runs = tmp_path_factory.mktemp("noted")
-    words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
-    words += ["train.steps=6", "record.evaluate_every=2", "record.keep_weights=false"]
-    for arm in ("dense", "hash_balanced", "switch"):
-        for seed in (0, 1):
-            assert run(compose_config(*words, f"router={arm}", f"seed={seed}")) == FINISHED
-    names = sorted(path.parent.name for path in runs.glob("*/result.json"))
-    record = {"sweep": "quickstart", "scale": "smoke", "command": ["python", "run.py"], "runs": names}
-    (runs / "sweeps").mkdir()
-    (runs / "sweeps" / "quickstart.json").write_text(json.dumps(record))
-    return runs
 
 
 def cells(path: Path) -> list[dict]:
@@ -33,7 +16,7 @@ def cells(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_its_first_cell_to_its_last(path, runs, monkeypatch, capsys):
+def test_a_notebook_runs_from_its_first_cell_to_its_last(path, small_study, monkeypatch, capsys):
     """Its cells in order, as plain Python: a machine with the test extra alone has no Jupyter."""
     monkeypatch.chdir(ROOT / "notebooks")
     matplotlib.use("agg")
@@ -41,7 +24,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(path, runs, monkeypatch
     for cell in cells(path):
         exec(compile("".join(cell["source"]), path.name, "exec"), known)
         if "parameters" in cell["metadata"].get("tags", []):
-            known["runs"] = runs
+            known["runs"] = small_study
     known["plt"].close("all")
     assert {"01": "of 6 runs are counted", "02": "C12 not run", "03": "by chance"}[
         path.stem[:2]
@@ -56,14 +39,14 @@ def test_a_notebook_is_committed_without_outputs(path):
 @pytest.mark.skipif(importlib.util.find_spec("nbclient") is None, reason="the extra `notebooks` is not installed")
 @pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_jupyter_runs_a_notebook(path, runs):
+def test_jupyter_runs_a_notebook(path, small_study):
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source += f"\nruns = Path({str(runs)!r})"
+            cell.source += f"\nruns = Path({str(small_study)!r})"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
 
 

@@ -324,6 +324,16 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0
 
 
+def test_a_run_stands_in_a_sweep_under_the_sweeps_own_label(whole):
+    dense = [path.name for path in sorted(whole.glob("dense-s*"))]
+    record = json.loads((whole / "sweeps" / "quickstart.json").read_text())
+    cells = [{"run": run, "arm": arm, "seed": seed} for arm in ("plain", "again") for seed, run in enumerate(dense)]
+    (whole / "sweeps" / "labels.json").write_text(json.dumps(record | {"runs": dense, "cells": cells}))
+    study = read_study("labels", whole)
+    assert list(study.counted["arm"]) == ["plain"] * 3 + ["again"] * 3 and list(study.counted["id"]) == dense * 2
+    assert study.curves.groupby(["arm", "seed"], sort=False).size().tolist() == [11] * 6
+
+
 @pytest.mark.long
 def test_sixty_runs_of_two_thousand_logged_steps_are_read_in_two_seconds(tmp_path):
     runs = tmp_path / "runs"
