@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
+from analysis.arms import described, references
 from analysis.explain_figures import save_figures
 from analysis.inside import KINDS, Evaluation, inside
 from analysis.runs import Study
@@ -18,7 +19,7 @@ FIGURES = {
 
 BY_DECILE = """\
 Difference to {} in cross-entropy (nats per token), by how frequent the target is: tenths of the text,
-1 the most frequent tokens. Mean over seeds; below 0 is better. The reference's row is its own cross-entropy."""
+1 the most frequent tokens. Mean over seeds; below 0 is better. A reference's row is its own cross-entropy."""
 BY_COMPANY = """\
 The same after tokens by what is in their expert: heavy, the most frequent that make up a tenth of the
 text; shared, others whose expert a heavy token has too; apart, the rest. In brackets their share of the text."""
@@ -29,21 +30,22 @@ token id explains, and by chance the same if experts were dealt to tokens at ran
 validation that the one before it made too, at the first that has one before it, halfway and at the last."""
 
 
-def explain(study: Study, frame: pd.DataFrame, style: dict, runs: Path, folder: Path) -> str:
+def explain(study: Study, style: dict, asked: dict, runs: Path, folder: Path) -> str:
     """Write explain.md, explain.csv and the figures to folder; return what to print.
 
-    frame: the study's table. ValueError if a run was evaluated without what this needs, or if no arm has experts.
+    style, asked: style.yaml, and what declared.yaml says of the sweep. ValueError if a run was evaluated without what
+    this needs, or if no arm has experts.
     """
-    reference = frame.loc[frame["reference"], "arm"].iloc[0]
-    labels = dict(zip(frame["arm"], frame["label"]))
-    figures = inside(study, runs, reference)
+    arms = described(study.runs["arm"], style)
+    pairs, labels = references(arms, asked), {name: arm.label for name, arm in arms.items()}
+    figures = inside(study, runs, pairs)
     if figures.loc[figures["quantity"] == "load"].empty:
         raise ValueError(f"no run of {study.name!r} has experts: nothing to explain")
     folder.mkdir(parents=True, exist_ok=True)
     figures.to_csv(folder / "explain.csv", index=False, float_format="%.12g", lineterminator="\n")
     evaluations = {run["arm"]: Evaluation(runs / run["id"]) for run in reversed(study.counted.to_dict("records"))}
-    drawn = save_figures(figures, evaluations, labels, reference, style, folder)
-    parts = {"simple": _text(figures, labels, reference, "simple"), "pipe": _text(figures, labels, reference, "pipe")}
+    drawn = save_figures(figures, evaluations, arms, pairs, style, folder)
+    parts = {"simple": _text(figures, labels, pairs, "simple"), "pipe": _text(figures, labels, pairs, "pipe")}
     pictures = [f"![{name}](explain_{name}.png)\n\n*{FIGURES[name]}*" for name in drawn]
     title = f"# Why a router wins: {study.name} at scale {study.scale}"
     (folder / "explain.md").write_text("\n\n".join([title, parts["pipe"], *pictures]) + "\n")
@@ -53,9 +55,11 @@ def explain(study: Study, frame: pd.DataFrame, style: dict, runs: Path, folder: 
     return f"{parts['simple']}\n\n{where}"
 
 
-def _text(figures: pd.DataFrame, labels: dict[str, str], reference: str, form: str) -> str:
+def _text(figures: pd.DataFrame, labels: dict[str, str], pairs: dict[str, str], form: str) -> str:
     tables = {
-        BY_DECILE.format(labels[reference]): by_decile(figures, reference),
+        BY_DECILE.format(" or ".join(labels[each] for each in dict.fromkeys(pairs.values()))): by_decile(
+            figures, pairs
+        ),
         BY_COMPANY: by_company(figures),
         BY_LAYER: by_layer(figures),
     }
@@ -69,20 +73,17 @@ def _table(rows: pd.DataFrame, labels: dict[str, str], form: str) -> str:
     return tabulate(shown.to_dict("split")["data"], list(shown), form, colalign=align, disable_numparse=True)
 
 
-def by_decile(figures: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """A row an arm, in the order of figures; cells are text."""
+def by_decile(figures: pd.DataFrame, pairs: dict[str, str]) -> pd.DataFrame:
+    """A row an arm, in the order of figures; cells are text. pairs: arm -> its reference."""
     losses = figures.loc[figures["quantity"] == "decile_ce"].pivot_table("value", ["arm", "seed"], "place", sort=False)
-    losses = losses.sort_index(axis=1)
-    if reference not in losses.index.get_level_values("arm"):
-        return pd.DataFrame()
-    rows = []
-    for arm in losses.index.get_level_values("arm").unique():
-        own = arm == reference
-        values = losses.loc[arm] if own else losses.loc[arm] - losses.loc[reference]
-        cells = {
-            str(place + 1): _mean(values[place], "{:.2f}" if own else "{:+.3f}", False) for place in losses.columns
-        }
-        rows.append({"arm": arm} | cells)
+    losses, rows = losses.sort_index(axis=1), []
+    arms = list(losses.index.get_level_values("arm").unique())
+    for arm in arms:
+        if arm in pairs and pairs[arm] not in arms:
+            continue
+        values = losses.loc[arm] - losses.loc[pairs[arm]] if arm in pairs else losses.loc[arm]
+        form = "{:+.3f}" if arm in pairs else "{:.2f}"
+        rows.append({"arm": arm} | {str(place + 1): _mean(values[place], form, False) for place in losses.columns})
     return pd.DataFrame(rows)
 
 

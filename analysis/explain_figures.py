@@ -1,6 +1,5 @@
 """The pictures of --explain: where the loss is won, how full experts are, how fast routers settle, who goes where."""
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from analysis.arms import Arm
 from analysis.inside import Evaluation
 
 MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
@@ -18,44 +18,41 @@ MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
 def save_figures(
     figures: pd.DataFrame,
     evaluations: dict[str, Evaluation],
-    labels: dict[str, str],
-    reference: str,
+    arms: dict[str, Arm],
+    pairs: dict[str, str],
     style: dict,
     folder: Path,
 ) -> list[str]:
     """Draw folder/explain_<name>.png and .pdf and return the names. Curves are of the first MOST_CURVES arms with
     experts in the order of figures, maps of the first MOST_MAPS; evaluations: of one run an arm."""
     routed = list(figures.loc[figures["quantity"] == "load", "arm"].unique())[:MOST_CURVES]
-    unlisted = [arm for arm in labels if arm not in style["arms"]]
-    looks = style["arms"] | dict(zip(unlisted, cycle(style["others"])))
-    lines = {arm: looks[arm] | {"label": labels[arm]} for arm in routed}
+    lines = {arm: {**arms[arm].look, "label": arms[arm].label} for arm in routed}
     draw = {"frequency": _frequency, "load": _load, "settling": _settling}
     drawn = []
     with context(["default", style["matplotlib"]]):
         for name, plot in draw.items():
             figure = Figure(figsize=(3.4, 2.5))
-            if plot(figure.subplots(), figures, lines, (reference, labels[reference])):
+            if plot(figure.subplots(), figures, lines, pairs):
                 _save(figure, folder, name)
                 drawn.append(name)
-        _save(_maps({arm: evaluations[arm] for arm in routed[:MOST_MAPS]}, labels), folder, "map")
+        _save(_maps({arm: evaluations[arm] for arm in routed[:MOST_MAPS]}, arms), folder, "map")
     return [*drawn, "map"]
 
 
-def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[str, str]) -> bool:
+def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
     losses = figures.loc[figures["quantity"] == "decile_ce"].pivot_table("value", ["seed", "place"], "arm")
-    if reference[0] not in losses:
-        return False
+    lines = {arm: look for arm, look in lines.items() if pairs.get(arm) in losses}
     axes.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
     for arm, look in lines.items():
-        _line(axes, losses[arm] - losses[reference[0]], look, shift=1)
+        _line(axes, losses[arm] - losses[pairs[arm]], look, shift=1)
     axes.set_xticks(range(1, 11))
     axes.set_xlabel("tenth of the text, the most frequent targets first")
-    axes.set_ylabel(f"cross-entropy less that of\n{reference[1]} (nats per token)")
+    axes.set_ylabel("cross-entropy less that of the\nreference (nats per token)")
     axes.legend()
-    return True
+    return bool(lines)
 
 
-def _load(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[str, str]) -> bool:
+def _load(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
     loads = figures.loc[figures["quantity"] == "load"]
     for arm, look in lines.items():
         own = loads.loc[loads["arm"] == arm].groupby(["seed", "place"])["value"].mean()  # over layers
@@ -69,13 +66,13 @@ def _load(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[str, 
     return True
 
 
-def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, reference: tuple[str, str]) -> bool:
+def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
     settled = figures.loc[figures["quantity"] == "settled"]
     for arm, look in lines.items():
         own = settled.loc[settled["arm"] == arm].groupby(["seed", "place"])["value"].mean()
         if len(own):
             own.index = own.index.set_levels(own.index.levels[1] / 1e6, level=1)
-            _line(axes, own, look | {"marker": "."})
+            _line(axes, own, look)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("share of assignments that are\nas at the validation before")
@@ -88,11 +85,11 @@ def _line(axes: Axes, values: pd.Series, look: dict[str, Any], shift: int = 0) -
     by_seed = values.unstack("seed").dropna()
     mean, deviation, x = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0.0), by_seed.index.to_numpy() + shift
     axes.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.2, linewidth=0)
-    shape = {key: look[key] for key in ("color", "dashes", "label", "marker") if key in look}
-    axes.plot(x, mean, linewidth=1.1, **shape)
+    shape = {key: look[key] for key in ("color", "dashes", "label", "marker")}
+    axes.plot(x, mean, linewidth=1.1, markersize=2.8, markevery=max(1, len(x) // 8), **shape)
 
 
-def _maps(evaluations: dict[str, Evaluation], labels: dict[str, str]) -> Figure:
+def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm]) -> Figure:
     """Tokens by experts, a map an arm, of its last sparse layer; experts in the order of the tokens that they serve."""
     rows = -(-len(evaluations) // 2)
     figure = Figure(figsize=(3.4, 0.5 + 2.4 * rows))
@@ -103,7 +100,7 @@ def _maps(evaluations: dict[str, Evaluation], labels: dict[str, str]) -> Figure:
         layer = evaluation.layers[-1]
         share, names = _shares(evaluation, layer)
         axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_title(labels[arm] + (f", layer {layer}" if len(evaluation.layers) > 1 else ""), fontsize=7)
+        axes.set_title(arms[arm].label + (f", layer {layer}" if len(evaluation.layers) > 1 else ""), fontsize=7)
         axes.set_xticks([])
         axes.set_yticks(
             range(len(names)), names if place % 2 == 0 else [""] * len(names), fontsize=4.5, family="DejaVu Sans Mono"

@@ -1,91 +1,138 @@
-"""A study as a picture."""
+"""A study as a picture: which kind declared.yaml says, saved as the same bytes each time."""
 
-from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator
 
+from analysis.against import against_place
+from analysis.arms import Arm, described, references
+from analysis.published import differences, published
 from analysis.runs import Study
-from analysis.tables import LEAKS
+from analysis.tables import leaky, reference_of
+
+MOST_CURVES = 8
+SHOWS = {
+    "curves": "learning curves, mean over seeds ± standard deviation",
+    "differences": "differences with their intervals",
+    "against": "losses and differences against their place, with intervals",
+}
 
 
-def save_learning_curves(study: Study, frame: pd.DataFrame, style: dict, folder: Path) -> None:
-    """Draw folder/figure.png and figure.pdf: validation loss over training tokens; below it, less frame's reference.
+def save_figure(
+    study: Study, frame: pd.DataFrame, style: dict, asked: dict[str, Any], folder: Path, public: pd.DataFrame | None
+) -> str:
+    """Draw folder/figure.png and figure.pdf; say what they show. public: curves to lay under an `against` figure.
 
-    Lines are means over seeds, bands one standard deviation each way; differences are made seed by seed. The same
-    study is the same bytes: no dates, and style's settings over matplotlib's own instead of the reader's.
+    The same study is the same bytes: no dates, and style's settings over matplotlib's own instead of the reader's.
     """
-    labels, reference = dict(zip(frame["arm"], frame["label"])), frame.loc[frame["reference"], "arm"].item()
-    losses = study.curves.pivot(index=["seed", "tokens"], columns="arm", values="val/ce")
-    in_job_order = [arm for arm in labels if arm in losses]
-    panels = {"validation cross-entropy": losses}
-    if reference in losses:
-        panels[f"difference to {labels[reference]}"] = losses.sub(losses[reference], axis="index")
-    worst_first = sorted(in_job_order, key=lambda arm: over_seeds(losses.loc[:, arm])["mean"].iloc[-1], reverse=True)
-    unlisted = [arm for arm in labels if arm not in style["arms"]]
-    looks = style["arms"] | dict(zip(unlisted, cycle(style["others"])))
+    arms = described(frame["arm"], style)
+    papers = differences(published(asked.get("published", []), arms), references(arms, asked))
+    kind = asked["figure"]
+    if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
+        kind = "differences"
     with context(["default", style["matplotlib"]]):
         figure = Figure()
-        figure.subplots(len(panels), sharex=True)
-        for axes, (quantity, values) in zip(figure.axes, panels.items()):
-            axes.set_ylabel(f"{quantity}\n(nats per token)")
-            for arm in worst_first:
-                curve, color, dashes = over_seeds(values.loc[:, arm]), looks[arm]["color"], looks[arm]["dashes"]
-                millions, mean, deviation = curve.index.to_numpy() / 1e6, curve["mean"], curve["deviation"]
-                axes.fill_between(millions, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
-                axes.plot(millions, mean, color=color, dashes=dashes, linewidth=1.1, label=labels[arm])
-        upper, unigram = figure.axes[0], study.counted.loc[:, "val/unigram_entropy"].mean()
-        upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
-        right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far below the line there
-        upper.text(1, unigram, "unigram entropy ", transform=right, ha="right", va="top", color="0.35", fontsize=6.5)
-        upper.legend()
-        figure.axes[-1].set_xlabel("training tokens (millions)")
-        figure.align_ylabels()
-        _save(figure, folder)
+        if kind == "curves":
+            learning_curves(figure, study, frame, arms)
+        elif kind == "differences":
+            points(figure, frame, arms, papers)
+        else:
+            against_place(figure, frame, arms, asked, papers, public, style)
+        figure.savefig(folder / "figure.png", metadata={"Software": None})
+        figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return SHOWS[kind]
 
 
-def save_differences(study: Study, frame: pd.DataFrame, style: dict, folder: Path) -> None:
-    """Draw folder/figure.png and figure.pdf: each arm's difference to the reference on test, the best on top.
+def learning_curves(figure: Figure, study: Study, frame: pd.DataFrame, arms: dict[str, Arm]) -> None:
+    """Validation loss over training tokens; below it, less the reference, seed by seed."""
+    losses = study.curves.pivot(index=["seed", "tokens"], columns="arm", values="val/ce")
+    drawn = [arm for arm in arms if arm in losses]
+    reference = next((arm for arm in frame["reference_arm"] if arm in losses), None)
+    panels = {"validation cross-entropy": losses}
+    if reference is not None:
+        panels[f"less {arms[reference].label}"] = losses.sub(losses[reference], axis="index")
+    worst_first = sorted(drawn, key=lambda arm: over_seeds(losses.loc[:, arm])["mean"].iloc[-1], reverse=True)
+    figure.subplots(len(panels), sharex=True)
+    for axes, (quantity, values) in zip(figure.axes, panels.items()):
+        axes.set_ylabel(f"{quantity}\n(nats per token)")
+        for place, arm in enumerate(worst_first):
+            curve, look = over_seeds(values.loc[:, arm]), arms[arm].look
+            millions, mean, deviation = curve.index.to_numpy() / 1e6, curve["mean"], curve["deviation"]
+            band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(millions, mean - deviation, mean + deviation, **band)
+            marks = {"marker": look["marker"], "markevery": (place % 3 + 1, 4), "markersize": 2.8}
+            line = {"color": look["color"], "dashes": look["dashes"], "linewidth": 1.1}
+            axes.plot(millions, mean, label=arms[arm].label, **line, **marks)
+    upper, unigram = figure.axes[0], study.counted.loc[:, "val/unigram_entropy"].mean()
+    upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
+    right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far from the line there
+    beneath = unigram > losses.iloc[-len(drawn) :].min().min()
+    note: dict[str, Any] = {"ha": "right", "va": "top" if beneath else "bottom", "color": "0.35", "fontsize": 6.5}
+    upper.text(1, unigram, "unigram entropy ", transform=right, **note)
+    upper.legend()
+    n = numbers(frame.loc[frame["n"] > 0, "n"])
+    figure.axes[-1].set_xlabel("training tokens (millions)")
+    figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
+    explain(figure, f"lines: mean over seeds (n = {n}); bands: ± 1 standard deviation")
+    figure.align_ylabels()
 
-    Bars are the intervals, where there is more than one pair. The axis spans the arms that see no future in evaluation;
-    of others that lie outside stands the number. The same study is the same bytes, as in save_learning_curves.
+
+def explain(figure: Figure, text: str) -> None:
+    """What bars, bands and n are, under the picture."""
+    figure.supxlabel(text, fontsize=6)
+
+
+def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: dict[str, tuple[float, str]]) -> None:
+    """Each arm's difference to its reference on test, the best on top, with interval, and the paper's as a hollow mark.
+
+    The axis spans the arms that see no future in evaluation; of others that lie outside stands the number.
     """
-    reference = frame.loc[frame["reference"], "label"].item()
-    rows = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)]
+    rows = frame.loc[~frame["reference"] & frame["difference_mean"].notna()]
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
-    ends = rows.loc[:, ["difference_mean", "difference_low", "difference_high"]]
-    fair = ends.loc[~rows["label"].str.endswith(LEAKS)]
-    low, high = min(float(fair.min().min()), 0.0), max(float(fair.max().max()), 0.0)
-    with context(["default", style["matplotlib"]]):
-        figure = Figure(figsize=(3.4, 0.8 + 0.14 * len(rows)))
-        axes = figure.subplots()
-        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
-        for place, row in rows.iterrows():
-            mean = row["difference_mean"]
-            if mean < low:
-                axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5)
-                continue
-            reach = [[mean - row["difference_low"]], [row["difference_high"] - mean]]
-            axes.errorbar(mean, place, xerr=reach if row["difference_pairs"] > 1 else None, **style["point"])
-        axes.set_yticks(range(len(rows)), rows["label"])
-        axes.set_ylim(-0.8, len(rows) - 0.2)
-        axes.grid(axis="y", color="0.92", linewidth=0.5)
-        axes.set_axisbelow(True)
-        figure.supxlabel(
-            f"test cross-entropy less that of {reference}\n(nats per token, n = {rows['n'].max()})", fontsize="medium"
+    figure.set_size_inches(3.4, 1.05 + 0.15 * len(rows))
+    ends = rows.loc[~leaky(rows), ["difference_mean", "difference_low", "difference_high"]]
+    theirs = [papers[arm][0] for arm in rows.loc[~leaky(rows), "arm"] if arm in papers]
+    low, high = min(float(ends.min().min()), 0.0, *theirs), max(float(ends.max().max()), 0.0, *theirs)
+    axes = figure.subplots()
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
+    for place, row in rows.iterrows():
+        mean, look = row["difference_mean"], arms[row["arm"]].look
+        if mean < low:
+            axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5)
+            continue
+        if row["arm"] in papers:
+            axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)
+        reach = [[mean - row["difference_low"]], [row["difference_high"] - mean]]
+        known = row["difference_low"] == row["difference_low"]
+        axes.errorbar(
+            mean,
+            place,
+            xerr=reach if known else None,
+            fmt=look["marker"],
+            color=look["color"],
+            markersize=3,
+            elinewidth=0.9,
         )
-        _save(figure, folder)
-
-
-def _save(figure: Figure, folder: Path) -> None:
-    figure.savefig(folder / "figure.png", metadata={"Software": None})
-    figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    axes.set_yticks(range(len(rows)), rows["label"])
+    axes.set_ylim(-0.8, len(rows) - 0.2)
+    axes.grid(axis="y", color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"test cross-entropy less that of\n{reference_of(frame)} (nats per token)")
+    bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
+    explain(figure, f"{bars}n = {numbers(rows['n'])}" + ("; hollow: published" if theirs else ""))
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:
     """Mean and deviation of `losses`, indexed by (seed, tokens), where all seeds have one."""
     by_seed = losses.dropna().unstack("seed").dropna()
     return pd.DataFrame({"mean": by_seed.mean(axis=1), "deviation": by_seed.std(axis=1).fillna(0.0)})
+
+
+def numbers(counts: pd.Series) -> str:
+    """3, or 2 to 3."""
+    return " to ".join(str(count) for count in {int(counts.min()): 0, int(counts.max()): 0})

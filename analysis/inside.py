@@ -42,8 +42,8 @@ class Evaluation:
         return float(self.sums["input_ce_sum"][kind].sum() / tokens) if tokens else np.nan
 
 
-def inside(study: Study, folder: Path, reference: str) -> pd.DataFrame:
-    """One row a figure: quantity, arm, seed, layer (-1: of the whole model), place, value.
+def inside(study: Study, folder: Path, pairs: dict[str, str]) -> pd.DataFrame:
+    """One row a figure: quantity, arm, seed, layer (-1: of the whole model), place, value. pairs: arm -> its reference.
 
     decile_ce: by tenth of the text, place 0 being the most frequent targets. difference_<kind>: cross-entropy after
     tokens of that kind less the reference's after the same tokens. load: over the mean, place 0 being the fullest
@@ -52,16 +52,17 @@ def inside(study: Study, folder: Path, reference: str) -> pd.DataFrame:
     """
     counted = study.counted.loc[:, ["id", "arm", "seed"]].to_dict("records")
     found = {run["id"]: Evaluation(folder / run["id"]) for run in counted}
-    base = {run["seed"]: found[run["id"]] for run in counted if run["arm"] == reference}
+    cells = {(run["arm"], run["seed"]): found[run["id"]] for run in counted}
     rows = []
     for run in counted:
         evaluation, who = found[run["id"]], {"arm": run["arm"], "seed": run["seed"]}
+        base = cells.get((pairs.get(run["arm"], ""), run["seed"]))
         figures = [*deciles(evaluation), *settling(folder / run["id"])]
         for layer in evaluation.layers:
             table = evaluation.sums[f"token_expert/{layer}"]
             figures += [{"layer": layer} | row for row in (*loads(evaluation, layer), *choices(table))]
-            if run["seed"] in base and study.config["model"].get("sparse_in") != "encoder":
-                kinds = differences(evaluation, base[run["seed"]], table)
+            if base is not None and study.config["model"].get("sparse_in") != "encoder":
+                kinds = differences(evaluation, base, table)
                 figures += [{"layer": layer} | row for row in kinds]
         rows += [{**who, "layer": -1, "place": 0} | row for row in figures]
     return pd.DataFrame(rows, columns=["quantity", "arm", "seed", "layer", "place", "value"])

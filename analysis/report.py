@@ -1,63 +1,111 @@
-"""`python -m analysis.report NAME`: the table and the figure of a sweep, from the folders of its runs."""
+"""`python -m analysis.report NAME`: the table and the figure of a sweep, from the folders of its runs.
+
+`python -m analysis.report results/SCALE/NAME/runs.csv` makes the tables again from that file alone.
+"""
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
+import pandas as pd
 
-from analysis import tables
+from analysis import behind, notes, tables
+from analysis.arms import declared, described, load, place_of
 from analysis.explain import explain
-from analysis.figures import save_differences, save_learning_curves
-from analysis.runs import Mirror, flaws, read_study
+from analysis.figures import save_figure
+from analysis.published import published, routing_curves
+from analysis.runs import Mirror, read_study
+from analysis.summary import summary
 from analysis.wandb_runs import mirrors
 
+REPLACED = {"±": r"$\pm$", "†": r"\dag{}", "‡": r"\ddag{}", "≈": r"$\approx$", "◊": r"$\diamond$", "§": r"\S{}"}
 
-def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
-    """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished."""
-    style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
-    study = read_study(name, runs, places)
-    frame = tables.table(study, style)
-    header, notes = tables.header(study, style), tables.notes(study, frame) + flaws(study)
-    parts = (tables.printed, tables.by_text, tables.costs)
-    terminal, markdown = ("\n\n".join(filter(None, (p(frame, f) for p in parts))) for f in ("simple", "pipe"))
 
+def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), curves: Path | None = None) -> str:
+    """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished, or
+    if curves, a file of public curves to lay under the figure, is none."""
+    style, asked = load("style"), declared(name)
+    public = routing_curves(curves) if curves else None
+    study = read_study(name, runs, places, grouping(style, asked))
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file, rows in {"table.csv": frame, "runs.csv": study.runs}.items():
-        rows.to_csv(folder / file, index=False, float_format="%.15g", lineterminator="\n")
-    (folder / "table.md").write_text(f"{header}\n\n{markdown}\n\n```text\n{notes}\n```\n")
-    many = len(frame) > len(style["arms"]) + len(style["others"])  # more curves than looks
-    shows = "differences with their intervals" if many else "learning curves, mean over seeds ± standard deviation"
-    (save_differences if many else save_learning_curves)(study, frame, style, folder)
+    behind.write(behind.behind(study, runs, results, style, asked), folder / "runs.csv")
+    printed, frame = write_tables(folder, style)
+    shows = save_figure(study, frame, style, asked, folder, public)
 
-    where = f"table   {folder}/table.md, table.csv\n"
+    where = f"table   {folder}/table.md, table.tex, table.csv\n"
     where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
-    fair = frame.loc[~frame["label"].str.endswith(tables.LEAKS), "arm"]  # an oracle has nothing to continue with
+    fair = frame.loc[~tables.leaky(frame), "arm"]  # an oracle has nothing to continue with
     ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
     best = shlex.quote(str(runs / ranked["id"].iloc[0]))
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
-    return "\n\n".join([header, terminal, notes, where, "\n".join(["what to try next:", *ideas])])
+    return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
+
+
+def grouping(style: dict, asked: dict) -> Callable[[str], str]:
+    """arm -> what names those that must share data and budget."""
+    return (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
+
+
+def write_tables(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
+    """table.csv, table.md and table.tex from folder/runs.csv alone; what to print, and the table as a frame."""
+    runs = behind.read(folder / "runs.csv")
+    asked = declared(runs["sweep"].iloc[0])
+    frame = summary(runs, style, asked)
+    frame.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
+    papers = published(asked.get("published", []), described(runs["arm"], style))
+    head, lines = notes.header(runs), notes_of(runs, frame, style, asked, papers)
+    brief = asked.get("brief", False)
+    (folder / "table.md").write_text(f"{head}\n\n{small_tables(frame, papers, 'pipe')}\n\n```text\n{lines}\n```\n")
+    (folder / "table.tex").write_text(in_latex(head, small_tables(frame, papers, "latex_booktabs"), lines))
+    terminal, shown = small_tables(frame, papers, "simple", brief), notes_of(runs, frame, style, asked, papers, brief)
+    return "\n\n".join([head, terminal, shown]), frame
+
+
+def small_tables(frame: pd.DataFrame, papers: list[dict[str, Any]], form: str, brief: bool = False) -> str:
+    """The table in several that fit a terminal."""
+    parts = [tables.result(frame, form), tables.beside_published(frame, papers, form)]
+    parts += [tables.by_text(frame, form), tables.costs(frame, form)]
+    parts += [] if brief else [tables.statistics(frame, form)]
+    return "\n\n".join(filter(None, parts))
+
+
+def notes_of(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict, papers: list, brief=False) -> str:
+    lines = notes.columns(frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
+    lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
+    lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
+    lines += [line for line in runs["tuning"].iloc[0].split("\n") if line]
+    return "\n".join(lines + notes.bad_runs(runs))
+
+
+def in_latex(head: str, body: str, lines: str) -> str:
+    """A fragment for \\input, which needs the package booktabs; the notes are comments."""
+    for sign, written in REPLACED.items():
+        body = body.replace(sign, written)
+    commented = "\n".join(f"% {line}" for line in [*head.split("\n"), "", *lines.split("\n")])
+    return f"{commented}\n{body}\n"
 
 
 def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
     """Write explain.md and its figures beside the table; return what to print. ValueError as explain does."""
-    style = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text())
-    study = read_study(name, runs, places)
-    return explain(study, tables.table(study, style), style, runs, results / study.scale / name)
+    style, asked = load("style"), declared(name)
+    study = read_study(name, runs, places, grouping(style, asked))
+    return explain(study, style, asked, runs, results / study.scale / name)
 
 
 def main() -> None:
     """Print the report, or leave with status 1 and one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
-    parser.add_argument("name", help="a sweep that was run, for example quickstart")
+    parser.add_argument("name", help="a sweep that was run, for example quickstart; or the runs.csv of a report")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="DeepMind's curves.csv.gz, laid under the figure")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read runs from this wandb project too")
     parser.add_argument(
         "--offline",
@@ -70,9 +118,12 @@ def main() -> None:
     parser.add_argument("--explain", action="store_true", help="why a router wins: loads, settling, token shares")
     given = parser.parse_args()
     try:
+        if given.name.endswith(".csv"):
+            print(write_tables(Path(given.name).parent, load("style"))[0])
+            return
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)
-        print(report(given.name, given.runs, given.results, places))
+        print(report(given.name, given.runs, given.results, places, given.curves))
         if given.explain:
             print(f"\n{explained(given.name, given.runs, given.results, places)}")
     except (ValueError, OSError) as error:

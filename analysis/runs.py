@@ -52,9 +52,12 @@ class Record(NamedTuple):
     cells: list[dict[str, Any]]  # run: the folder's name; arm and seed, if the sweep has labels of its own
 
 
-def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study:
+def read_study(
+    name: str, folder: Path, mirrors: Sequence[Mirror] = (), group: Callable[[str], str] = lambda arm: ""
+) -> Study:
     """The runs that folder/sweeps/name.json lists, from their folders and from mirrors; a run found in several places
-    counts once. Without that file, the runs of mirrors that were made for this sweep.
+    counts once. Without that file, the runs of mirrors that were made for this sweep. group: arm -> what names those
+    that must share data and budget.
 
     ValueError if there is neither, or if no run has finished.
     """
@@ -65,7 +68,8 @@ def read_study(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Study
     if "finished" not in outcomes:
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
-    _set_apart(rows)
+    for each in dict.fromkeys(group(row["arm"]) for row in rows):
+        _set_apart([row for row in rows if group(row["arm"]) == each])
     runs = pd.DataFrame(rows)
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
@@ -126,6 +130,8 @@ def _set_apart(rows: list[dict[str, Any]]) -> None:
     """Who differs from most finished runs gets an outcome that says so."""
     for key, outcome in COMPARABLE.items():
         finished = [row for row in rows if row["outcome"] == "finished"]
+        if not finished:
+            return
         kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in job order
         for row in finished:
             if row.get(key) != kept:
@@ -156,10 +162,3 @@ def judged(result: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
         result = result | {"outcome": "diverged", "why": f"at step {result['step']}"}
     budget = result.get("token_budget", result["tokens"])  # without early stopping they are the same
     return result | {"token_budget": budget, "code": code, "device": origin["device"]}
-
-
-def flaws(study: Study) -> str:
-    """Lines for a report: what is wrong with records, though it moves no figure; "" if nothing is."""
-    flawed = study.runs.loc[study.runs["flaws"] != ""]
-    lines = [f"\n  {run}: {flaw}" for run, flaw in zip(flawed["id"], flawed["flaws"])]
-    return "".join(["\nrecords with flaws that move no figure:", *lines]) if lines else ""

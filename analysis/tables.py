@@ -1,118 +1,167 @@
-"""A study as a table: one row an arm, and what stands above and under it."""
+"""A study's table for readers, in several small ones: result, published numbers, text, costs and statistics.
+
+`form` is tabulate's: "simple" for a terminal, "pipe" for markdown, "latex_booktabs" for a paper.
+"""
+
+from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
-from analysis.runs import Study
-from analysis.statistics import mean_and_deviation, paired_difference
+from analysis.published import ABSENT, by_arm, differences
+from analysis.summary import LEAKS, TEXT_FIGURES
 
-TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share")
-LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
-
-
-def table(study: Study, style: dict) -> pd.DataFrame:
-    """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
-    arms = list(study.runs["arm"].unique())
-    reference = style["reference"] if style["reference"] in arms else arms[0]
-    counted = study.counted.set_index("seed")
-    base = counted.loc[counted["arm"] == reference]
-    rows = []
-    for arm in arms:
-        runs = counted.loc[counted["arm"] == arm]
-        label = style["arms"].get(arm, {}).get("label") or style["labels"].get(arm, arm.replace("_", " "))
-        if any("evaluation" in leak for leaks in runs.get("leaks", []) for leak in leaks):
-            label += f" {LEAKS}"
-        row = {"arm": arm, "label": label, "planned": (study.runs["arm"] == arm).sum(), "n": len(runs)}
-        row |= {f"{kind}_parameters": runs[f"parameters/{kind}"].mean() for kind in ("active", "total")}
-        for split in ("test", "val"):
-            mean, deviation = mean_and_deviation(runs.loc[:, f"{split}/perplexity"])
-            row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
-            for key in TEXT_FIGURES:  # of runs that have them
-                figures = runs[f"{split}/{key}"] if f"{split}/{key}" in runs else pd.Series(dtype=float)
-                row[f"{split}_{key}"] = figures.astype(float).mean(skipna=False)
-        for what, column in (("flops", "train_flops_per_token"), ("parameters", "parameters/total")):
-            row[f"{what}_over_reference"] = runs[column].mean() / base[column].mean()
-        row["flops_per_token"], row["peak_memory_bytes"] = (
-            runs[column].mean() for column in ("train_flops_per_token", "peak_memory_bytes")
-        )
-        difference = paired_difference(runs.loc[:, "test/ce"], base.loc[:, "test/ce"])
-        row |= {"difference_pairs": difference.n, "difference_mean": difference.value}
-        row["difference_low"], row["difference_high"] = difference.interval()
-        row |= {"separated": difference.separated, "reference": arm == reference}
-        row["below_unigram"] = (runs["val/unigram_entropy"] - runs["val/ce"]).mean()
-        row["tokens_per_second"] = runs["tokens_per_second"].astype(float).mean(skipna=False)  # a short run has none
-        rows.append(row)
-    return pd.DataFrame(rows)
+UNSEPARATED, EQUIVALENT, ALONE, FLOOR, UNKNOWN = "†", "≈", "◊", "~", "§"
 
 
-def printed(frame: pd.DataFrame, form: str) -> str:
-    """The table for a reader. `form` is tabulate's: "simple" for a terminal, "pipe" for markdown."""
-    reference = frame.loc[frame["reference"], "label"].item()
-    headers = ["method", "parameters\nactive / total", "test\nperplexity", "validation\nperplexity", "n"]
-    headers += [f"difference to {reference}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
-    if form == "pipe":  # a cell of markdown is one line
+def of_columns(rows: list[list[str]], headers: list[str], form: str, left: tuple[int, ...] = (0,)) -> str:
+    """Cells as given; a header's line breaks stay for a terminal alone."""
+    if form != "simple":
         headers = [header.replace("\n", " ") for header in headers]
-    rows = [_cells(row) for row in frame.to_dict("records")]
-    align = ("left", *["right"] * 4, "left", "right", "right")
+    align = ["left" if place in left else "right" for place in range(len(headers))]
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
+
+
+def reference_of(frame: pd.DataFrame) -> str:
+    """What the differences are to, for a header: one arm's label, or that of the method at each place."""
+    references = frame.loc[frame["arm"].isin(frame["reference_arm"])]
+    first = (references if len(references) else frame).to_dict("records")[0]
+    if len(references) < 2:
+        return first["label"]
+    return first["label"].removesuffix(", " + first["place"].replace("_", " "))
+
+
+def result(frame: pd.DataFrame, form: str) -> str:
+    """What a reader looks for first."""
+    headers = ["method", "test\nperplexity", "validation\nperplexity", "n"]
+    headers += [f"difference to {reference_of(frame)}\n[95 % interval]", "below\nunigram", "tokens\nper s"]
+    rows = []
+    for row in frame.to_dict("records"):
+        n = f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
+        if not row["n"]:
+            rows.append([row["label"], "", "", n, "", "", ""])
+            continue
+        both = [spread(row[f"{split}_perplexity"], row[f"{split}_perplexity_deviation"]) for split in ("test", "val")]
+        below = f"{row['below_unigram']:.3f}"
+        rows.append([row["label"], *both, n, difference_of(row), below, given(row["tokens_per_second"], ",.0f")])
+    return of_columns(rows, headers, form, left=(0, 4))
+
+
+def difference_of(row: dict[str, Any]) -> str:
+    if row["reference"]:
+        return "reference"
+    if row["difference_mean"] != row["difference_mean"]:
+        return "no pair" if row["reference_arm"] else ""
+    return " ".join([interval(row, "difference"), *marks(row)])
+
+
+def marks(row: dict[str, Any]) -> list[str]:
+    """After a difference, what is to be known of it."""
+    told = row["difference_low"] == row["difference_low"]
+    found = [ALONE] if row["alone"] else []
+    if told and not row["separated"]:
+        found.append(UNSEPARATED)
+    if told and row["equivalent"] is True:
+        found.append(EQUIVALENT)
+    return found + ([FLOOR] if row["below_floor"] else [])
+
+
+def statistics(frame: pd.DataFrame, form: str) -> str:
+    """What stands behind the intervals; "" if there are none."""
+    rows = []
+    for row in frame.to_dict("records"):
+        if row["difference_low"] != row["difference_low"]:
+            continue
+        pair = interval(row, "paired") if row["difference_pairs"] > 1 else ""
+        documents = interval(row, "documents", mean=False)
+        cells = [row["label"], p_value(row["p"]), pair, p_value(row["equivalence_p"]), documents]
+        seeds = "" if row["separated"] else given(row["seeds_to_separate"], ".0f") or "> 10000"
+        rows.append([*cells, given(row["residual_deviation"], ".4f"), given(row["variance_ratio"], ".2g"), seeds])
+    headers = ["method", "p, all\ntogether", "paired t alone\n[95 % interval]", "p of\nequivalence"]
+    headers += ["over documents\n[95 % interval]", "residual\ndeviation", "variance\nratio", "seeds to\nseparate"]
+    return of_columns(rows, headers, form, left=(0, 2, 4)) if rows else ""
 
 
 def costs(frame: pd.DataFrame, form: str) -> str:
-    """What each method costs, beside the reference. `form` as in printed()."""
-    reference = frame.loc[frame["reference"], "label"].item()
-    headers = ["method", "FLOPs per token", f"over {reference}", "parameters", f"over {reference}", "peak memory"]
+    """What each method costs, beside the reference."""
+    reference = reference_of(frame)
+    headers = ["method", "parameters\nactive / total", f"total over\n{reference}", "FLOPs\nper token"]
+    headers += [f"FLOPs over\n{reference}", "peak\nmemory", "training\nseconds", f"seconds to\nloss of {reference}"]
     rows = []
     for row in frame.loc[frame["n"] > 0].to_dict("records"):
-        cells = [row["label"], human(row["flops_per_token"]), row["flops_over_reference"]]
-        cells += [human(row["total_parameters"]), row["parameters_over_reference"]]
-        cells = [f"{cell:.2f}".replace("nan", "") if isinstance(cell, float) else cell for cell in cells]
-        rows.append([*cells, f"{row['peak_memory_bytes'] / 1e9:.2f} GB"])
-    align = ("left", *["right"] * 5)
-    return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
+        over = [given(row[f"{what}_over_reference"], ".2f") for what in ("total_parameters", "flops_per_token")]
+        parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
+        cells = [row["label"], parameters, over[0], human(row["flops_per_token"]), over[1]]
+        cells.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+        rows.append(
+            [*cells, given(row["train_seconds"], ",.0f"), given(row["seconds_to_reference"], ",.0f") or "never"]
+        )
+    return of_columns(rows, headers, form)
 
 
 def by_text(frame: pd.DataFrame, form: str) -> str:
-    """Figures that do not depend on how text is cut into tokens; "" if no run has them. `form` as in printed()."""
+    """Figures that do not depend on how text is cut into tokens; "" if no run has them."""
     rows = [row for row in frame.to_dict("records") if row["test_bits_per_byte"] >= 0]
     if not rows:
         return ""
-    mark = " §" if _unknown(frame) > 0 else ""
-    headers = ["method", f"test bits per byte{mark}", f"validation{mark}", "test word perplexity", "validation"]
+    mark = f" {UNKNOWN}" if unknown_share(frame) > 0 else ""
+    headers = ["method", f"test bits\nper byte{mark}", f"validation{mark}", "test word\nperplexity", "validation"]
     keys = [f"{split}_{key}" for key in TEXT_FIGURES[:2] for split in ("test", "val")]
-    cells = [[row["label"], *(_figure(row[key]) for key in keys)] for row in rows]
-    return tabulate(cells, headers, form, colalign=("left", *["right"] * 4), disable_numparse=True)
+    return of_columns([[row["label"], *(given(row[key], ".4g") for key in keys)] for row in rows], headers, form)
 
 
-def _unknown(frame: pd.DataFrame) -> float:
+def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: str) -> str:
+    """The paper's perplexities and differences with their status beside ours; "" if the table has no counterpart."""
+    if not any("rows" in table for table in tables):
+        return ""
+    rows, cells = by_arm(tables), []
+    pairs = {row["arm"]: row["reference_arm"] for row in frame.to_dict("records") if row["reference_arm"]}
+    apart = differences(tables, pairs)
+    for row in frame.to_dict("records"):
+        for theirs in rows.get(row["arm"], [{}]):
+            difference = apart.get(row["arm"])
+            published = ABSENT if difference is None else f"{difference[0]:+.3f} {difference[1]}"
+            note = f" ({theirs.get('configuration', theirs['table'])})" if len(rows.get(row["arm"], [])) > 1 else ""
+            cell = [row["label"] + note, given(row["test_perplexity"], ".2f"), of_paper(theirs, "test")]
+            cell += [given(row["val_perplexity"], ".2f"), of_paper(theirs, "valid")]
+            cells.append(
+                [*cell, *(["", ""] if not row["reference_arm"] else [given(row["difference_mean"], "+.3f"), published])]
+            )
+    headers = ["method", "test\nours", "\npublished", "validation\nours", "\npublished"]
+    headers += [f"nats to {reference_of(frame)}\nours", "\npublished"]
+    return of_columns(cells, headers, form)
+
+
+def of_paper(row: dict[str, Any], split: str) -> str:
+    return f"{row[split]:.2f} {row[f'{split}_status']}" if row.get(split) else ABSENT
+
+
+def unknown_share(frame: pd.DataFrame) -> float:
     """The largest share of unknown words in the test tokens."""
-    return max(
-        (row["test_unknown_share"] for row in frame.to_dict("records") if row["test_unknown_share"] > 0), default=0
-    )
+    return max((share for share in frame["test_unknown_share"] if share > 0), default=0)
 
 
-def _figure(value: float) -> str:
-    """Four digits, however large."""
-    return "" if value != value else f"{value:.4g}"
+def leaky(frame: pd.DataFrame) -> pd.Series:
+    return frame["label"].str.endswith(LEAKS)
 
 
-def _cells(row: dict) -> list[str]:
-    n = str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
-    if not row["n"]:
-        return [row["label"], "", "", "", n, "", "", ""]
-    parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
-    test = "{test_perplexity:.2f} ± {test_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
-    validation = "{val_perplexity:.2f} ± {val_perplexity_deviation:.2f}".format(**row).removesuffix(" ± nan")
-    difference = "{difference_mean:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]".format(**row)
-    difference = difference.removesuffix(" [+nan, +nan]")  # of one pair
-    if row["reference"]:
-        difference = "reference"
-    elif not row["difference_pairs"]:
-        difference = "no pair"
-    elif row["difference_pairs"] > 1 and not row["separated"]:
-        difference += " †"
-    speed = f"{row['tokens_per_second']:,.0f}".replace("nan", "")
-    below = f"{row['below_unigram']:.3f}"
-    return [row["label"], parameters, test, validation, n, difference, below, speed]
+def interval(row: dict[str, Any], what: str, mean: bool = True) -> str:
+    """-0.010 [-0.035, +0.015], or without ends that are not known."""
+    ends = "[{:+.3f}, {:+.3f}]".format(row[f"{what}_low"], row[f"{what}_high"]).replace("[+nan, +nan]", "")
+    return f"{row[f'{what}_mean']:+.3f} {ends}".strip() if mean else ends
+
+
+def spread(mean: float, deviation: float) -> str:
+    return f"{mean:.2f} ± {deviation:.2f}".removesuffix(" ± nan")
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else given(p, ".3f")
+
+
+def given(value: float | None, form: str) -> str:
+    """The number, or nothing for NaN."""
+    return "" if value is None or value != value else format(value, form)
 
 
 def human(count: float) -> str:
@@ -121,52 +170,3 @@ def human(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.{0 if count >= 100 * unit else 1}f}{name}"
     return f"{count:.0f}"
-
-
-def header(study: Study, style: dict) -> str:
-    """Which comparison, on what text, how much of it, which seeds, on what device."""
-    corpus = study.config["data"]["corpus"]
-    text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
-    steps, tokens = (study.counted[column].iloc[0] for column in ("step", "token_budget"))
-    stopped = (study.counted["tokens"] < study.counted["token_budget"]).to_numpy().any()
-    amount = f"at most {human(tokens)} tokens" if stopped else f"{human(tokens)} tokens in {steps:,.0f} steps"
-    seeds = ", ".join(str(seed) for seed in sorted(study.counted["seed"].unique()))
-    devices = " and ".join(study.counted["device"].unique())
-    trained = f"trained on {amount}, seeds {seeds}, on {devices}"
-    return f"{study.name} at scale {study.scale}: {text}\n{trained}"
-
-
-def notes(study: Study, frame: pd.DataFrame) -> str:
-    """What the columns are, what is not separated, and every run that is in no mean."""
-    reference = frame.loc[frame["reference"], "label"].item()
-    lines = [
-        "parameters: active are those that one token passes through; k thousand, M million, B billion",
-        "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
-        "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
-        "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
-        f"  below 0 is better than {reference}; the interval is that of a paired t-test, one method at a time",
-        "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
-        "tokens per s: trained per second, whatever else the machine did; not a benchmark",
-    ]
-    if by_text(frame, "simple"):
-        lines.append(
-            "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
-        )
-    if (share := _unknown(frame)) > 0:
-        lines.append(
-            f"§ of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per byte and word"
-        )
-        lines.append("  perplexity can be compared with no other dictionary's")
-    if frame["label"].str.endswith(LEAKS).any():
-        lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
-    compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")
-    if any(row["difference_pairs"] > 1 and not row["separated"] for row in compared):
-        lines.append(f"† not separated from {reference}: the interval contains 0")
-    few = [row for row in compared if row["difference_pairs"] < row["n"]]
-    lines += [f"{row['label']}: its difference is over {row['difference_pairs']} of {row['n']} runs" for row in few]
-    left_out = study.runs.loc[study.runs["outcome"] != "finished"].to_dict("records")
-    lines.append(f"{len(study.counted)} of {len(study.runs)} runs are counted" + ("; in no mean:" if left_out else ""))
-    lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
-    if left_out:
-        lines.append(f"to run them again (those with a result only once their folder is deleted):\n  {study.command}")
-    return "\n".join(lines)

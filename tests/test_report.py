@@ -37,13 +37,14 @@ def write_run(
     for step in range(0, 201, 20):
         lines.append({"step": step, "steps": 200, "tokens": step * 2048, "train/ce": 6.0, "route/1/max_over_mean": 1.5})
         value = ce - 0.01 + (math.log(1024) - ce) * math.exp(-step / 30)
-        lines.append({"step": step, "tokens": step * 2048, "val/ce": value})
+        lines.append({"step": step, "tokens": step * 2048, "seconds": step / 20, "val/ce": value})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = {
         "outcome": "finished",
         "step": 200,
         "tokens": 409600,
         "seconds": 12.1,
+        "train_seconds": 10.0,
         "data_fingerprint": fingerprint,
     }
     figures |= {"val/unigram_entropy": UNIGRAM, "tokens_per_second": 30000.0 + seed}
@@ -94,9 +95,12 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     assert frame.loc["hash_random", "difference_mean"] == pytest.approx(-0.05)
     assert frame.loc["switch", "difference_mean"] == pytest.approx(-0.01)
     # differences -0.01, 0.00, -0.02: deviation 0.01, reach 4.302653 * 0.01 / sqrt(3) = 0.024841
-    assert frame.loc["switch", "difference_high"] == pytest.approx(-0.01 + 0.024841, abs=1e-6)
-    assert "Switch" in printed and "-0.010 [-0.035, +0.015] †" in printed
-    assert "† not separated from Dense: the interval contains 0" in printed
+    assert frame.loc["switch", "paired_high"] == pytest.approx(-0.01 + 0.024841, abs=1e-6)
+    # the others do not scatter at all, so it is tested alone, at 5 % over 4: t(1 - 0.05 / 8, 2) = 8.860234
+    assert frame.loc["switch", "alone"]
+    assert frame.loc["switch", "difference_high"] == pytest.approx(-0.01 + 8.860234 * 0.01 / 3**0.5, abs=1e-6)
+    assert "Switch" in printed and "-0.010 [-0.061, +0.041] ◊ †" in printed
+    assert "† not separated from Dense at n = 3: the interval contains 0" in printed
     assert "15 of 15 runs are counted\n" in printed
     assert printed.startswith(
         "quickstart at scale smoke: Python's standard library\ntrained on 410k tokens in 200 steps"
@@ -111,7 +115,7 @@ def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypa
         given = more | {"val/unknown_share": unknown, "test/unknown_share": unknown, "test/word_perplexity": 1.23456e30}
         write_sweep(runs, [write_run(runs, arm, 0, 5.3, **given) for arm in arms])
         printed = report("quickstart", runs, results)
-        assert "test bits per byte" in printed and "1.235e+30" in printed
+        assert "test bits" in printed and "1.235e+30" in printed
         assert ("§ of the test tokens 1.25% are the unknown word" in printed) == (unknown > 0)
         assert max(len(line) for line in printed.splitlines()) <= 120
     frame = table_of(tmp_path)
@@ -128,7 +132,7 @@ def test_it_says_where_things_are_and_what_to_try_next(whole, tmp_path):
     best = next(whole.glob("hash_balanced-s0-*"))
     assert f"-m training.sample {best}\n" in printed
     assert len(printed[printed.index("what to try next") :].splitlines()) == 7
-    for name in ("table.md", "table.csv", "runs.csv", "figure.png", "figure.pdf"):
+    for name in ("table.md", "table.tex", "table.csv", "runs.csv", "figure.png", "figure.pdf"):
         assert (tmp_path / "results" / "smoke" / "quickstart" / name).stat().st_size > 0
 
 
@@ -147,7 +151,7 @@ def test_made_again_every_file_is_the_same_bytes(whole, tmp_path):
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
     made = [tmp_path / again / "smoke" / "quickstart" for again in ("one", "two")]
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in made)
-    assert len(one) == 5
+    assert len(one) == 6
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
 
@@ -204,14 +208,14 @@ def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path
     write_sweep(runs, folders)
     printed = report("quickstart", runs, tmp_path / "results")
     assert list(table_of(tmp_path).loc["new_idea", ["n", "difference_pairs"]]) == [3, 2]
-    assert "new idea: its difference is over 2 of 3 runs" in printed
+    assert "new idea: 2 of its 3 runs have a pair of the same seed" in printed
 
 
 def test_one_seed_gives_a_table_without_deviations(tmp_path):
     runs = tmp_path / "runs"
     write_sweep(runs, [write_run(runs, arm, 0, ce) for arm, ce in ARMS.items()])
     printed = report("quickstart", runs, tmp_path / "results")
-    assert "±" not in printed.split("parameters: ")[0] and "-0.050" in printed and "[-" not in printed
+    assert "±" not in printed.split("perplexity: ")[0] and "-0.050" in printed and "[-" not in printed
 
 
 def test_without_a_finished_reference_there_are_means_but_no_differences(tmp_path):
@@ -304,8 +308,10 @@ def test_metrics_of_a_run_that_has_written_none_are_empty(tmp_path):
 def test_costs_stand_beside_the_references(whole, tmp_path):
     printed = report("quickstart", whole, tmp_path / "results")
     rows = [line.split() for line in printed.splitlines()]
-    assert ["Dense", "4.0M", "1.00", "745k", "1.00", "0.81", "GB"] in rows
-    assert ["Switch", "5.0M", "1.25", "1.2M", "1.66", "0.81", "GB"] in rows  # 5 / 4; 1,234,567 / 745,000
+    assert ["Dense", "745k", "/", "745k", "1.00", "4.0M", "1.00", "0.81", "GB", "10", "10"] in rows
+    assert ["Switch", "745k", "/", "1.2M", "1.66", "5.0M", "1.25", "0.81", "GB", "10"] in [
+        row[:10] for row in rows
+    ]  # 5 / 4; 1,234,567 / 745,000
 
 
 def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path):

@@ -1,0 +1,74 @@
+"""What an arm's label says: its method, its place (64 of switch_64), its name, look and reference."""
+
+import re
+from collections.abc import Iterable
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Arm(NamedTuple):
+    """method: the longest name of style.yaml that the label is, or begins with before an underscore; else the label."""
+
+    name: str
+    method: str
+    place: str  # what follows, "" if nothing does
+    label: str
+    look: dict[str, Any]  # color, dashes, marker
+
+    @property
+    def x(self) -> float:
+        """The first number in the place; NaN if there is none."""
+        found = re.search(r"\d+(\.\d+)?(e-?\d+)?", self.place)
+        return float(found[0]) if found else float("nan")
+
+
+def load(name: str) -> dict[str, Any]:
+    """analysis/<name>.yaml."""
+    return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())
+
+
+def declared(sweep: str) -> dict[str, Any]:
+    """What declared.yaml says of this sweep, over its default."""
+    known = load("declared")
+    return {"margin": known["margin"]} | known["default"] | known["sweeps"].get(sweep, {})
+
+
+def described(names: Iterable[str], style: dict) -> dict[str, Arm]:
+    """name -> Arm, in order; those of no known method get one look each."""
+    found, spare, looks = {}, cycle(style["others"]), {}
+    for name in dict.fromkeys(names):
+        method, place = method_of(name, style["arms"]), place_of(name, style)
+        known = style["arms"].get(method)
+        label = ", ".join(
+            filter(None, [known["label"] if known else method.replace("_", " "), place.replace("_", " ")])
+        )
+        if method not in looks:
+            looks[method] = known or next(spare)
+            look = looks[method]
+        else:  # a further arm of the method keeps its colour
+            look = next(spare) | {"color": looks[method]["color"]}
+        found[name] = Arm(name, method, place, label, look)
+    return found
+
+
+def method_of(name: str, known: Iterable[str]) -> str:
+    return max((each for each in known if name == each or name.startswith(f"{each}_")), key=len, default=name)
+
+
+def place_of(name: str, style: dict) -> str:
+    return name.removeprefix(method_of(name, style["arms"])).removeprefix("_")
+
+
+def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
+    """arm -> the arm it is compared with. With same_place the one of the reference's method at the arm's own place, or
+    without a place; else the one arm that declared.yaml names, or the first of the table if that is not in it."""
+    wanted = asked["reference"]
+    at_place = {arm.place: arm.name for arm in arms.values() if arm.method == wanted}
+    if not asked.get("same_place") or not at_place:
+        one = wanted if wanted in arms else next(iter(arms))
+        return {name: one for name in arms if name != one}
+    pairs = {arm.name: at_place.get(arm.place, at_place.get("", arm.name)) for arm in arms.values()}
+    return {name: reference for name, reference in pairs.items() if name != reference}

@@ -1,0 +1,189 @@
+"""What stands behind a table: every run with its figures and origin, as runs.csv has it; the table is made of that."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from safetensors import safe_open
+
+from analysis.arms import described, references
+from analysis.runs import Study
+from analysis.variation import noise_floor, over_documents
+
+TEXTS = (
+    "tuning",
+    "sweep",
+    "scale",
+    "sweep_command",
+    "corpus",
+    "id",
+    "arm",
+    "outcome",
+    "why",
+    "flaws",
+    "leaks",
+    "code",
+    "device",
+)
+TEXTS += ("data_fingerprint", "run_command", "commit", "dirty", "python", "versions", "precision", "dispatch")
+SETTING = "config/"  # begins the columns of settings that differ among counted runs
+COMPARED = (
+    "data",
+    "experts.num_shared",
+    "model",
+    "num_experts",
+    "tokenizer",
+    "train",
+)  # what should be equal in a table
+NOT_COMPARED = ("data.cache", "data.folder", "train.micro_batch")  # where things lie, and how the same is computed
+
+
+def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
+    """study.runs with columns for the sweep, the origin and what only run folders can tell, in job order."""
+    runs = study.runs.copy()
+    corpus = study.config["data"]["corpus"]
+    text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
+    runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
+    runs["tuning"] = "\n".join(tuning_of(results, study.scale, list(runs["arm"].unique())))
+    runs["noise_floor"] = floor_of(results / study.scale / "noise_floor" / "runs.csv")
+    if "leaks" in runs:
+        runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
+    origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
+    runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
+    configs = {run: _config(folder / run) for run in study.counted["id"]}
+    settings = {run: flat(config) for run, config in configs.items() if config}
+    for key in differing(settings):
+        runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
+    pairs = references(described(runs["arm"], style), asked)
+    waited = seconds_to_reference(study, pairs)
+    runs["seconds_to_reference"] = [waited.get(run, np.nan) for run in runs["id"]]
+    intervals = over_test_documents(study.counted, folder, pairs)
+    for place, key in enumerate(("documents_low", "documents_high")):
+        runs[key] = [intervals.get(arm, (np.nan, np.nan))[place] for arm in runs["arm"]]
+    return runs
+
+
+def write(runs: pd.DataFrame, path: Path) -> None:
+    """Floats in full: what is read back is the same bits."""
+    runs.to_csv(path, index=False, lineterminator="\n")
+
+
+def read(path: Path) -> pd.DataFrame:
+    """What write wrote. ValueError if it is no such file."""
+    columns = pd.read_csv(path, nrows=0).columns
+    if missing := {"sweep", "scale", "id", "arm", "seed", "outcome", "test/ce"} - set(columns):
+        raise ValueError(f"{path} is no runs.csv of a report: it has no column {sorted(missing)[0]}")
+    texts = [column for column in columns if column in TEXTS or column.startswith(SETTING)]
+    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in columns.difference(texts, sort=False):
+        runs[column] = [_number(value) for value in runs[column]]
+    return runs
+
+
+def tuning_of(results: Path, scale: str, arms: list[str]) -> list[str]:
+    """Lines for the notes: how each arm was tuned. The place for analysis.ledger.notes(results, scale, arms)."""
+    return []
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """What provenance.json says; {} for a run that has no folder here."""
+    path = folder / "provenance.json"
+    if not path.exists():
+        return {}
+    said = json.loads(path.read_text())
+    versions = " ".join(f"{name}={version}" for name, version in said.get("versions", {}).items())
+    git = {key: said["git"].get(key) or "" for key in ("commit", "dirty")}
+    plain = {key: said.get(key, "") for key in ("python", "precision", "dispatch", "threads")}
+    return {"run_command": " ".join(said.get("command", [])), "versions": versions} | git | plain
+
+
+def flat(node: Any, place: str = "") -> dict[str, Any]:
+    """{"train.lr": 0.002, ...}; a list is a leaf."""
+    if not isinstance(node, dict):
+        return {place: node}
+    return {
+        key: value for name, part in node.items() for key, value in flat(part, f"{place}.{name}".strip(".")).items()
+    }
+
+
+def differing(settings: dict[str, dict[str, Any]]) -> list[str]:
+    """Keys of what should be equal in a table and is not, in order."""
+    keys = dict.fromkeys(key for each in settings.values() for key in each)
+    asked = [key for key in keys if key.startswith(COMPARED) and key not in NOT_COMPARED]
+    return [key for key in asked if len({_text(each.get(key)) for each in settings.values()}) > 1]
+
+
+def seconds_to_reference(study: Study, pairs: dict[str, str]) -> dict[str, float]:
+    """By run: training seconds until its validation loss was that of the reference's last validation with the same
+    seed, between validations by a straight line; absent if it never was, or without such a run."""
+    curves = {key: curve.sort_values("step") for key, curve in study.curves.groupby(["arm", "seed"])}
+    found = {}
+    for run in study.counted.to_dict("records"):
+        own = curves.get((run["arm"], run["seed"]))
+        other = curves.get((pairs.get(run["arm"], run["arm"]), run["seed"]))
+        if own is not None and other is not None:
+            found[run["id"]] = _crossing(own["seconds"], own["val/ce"], other["val/ce"].iloc[-1])
+    return found
+
+
+def _crossing(seconds: Any, losses: Any, wanted: float) -> float:
+    x, y = seconds.to_numpy(float), losses.to_numpy(float)
+    if not (y <= wanted).any():
+        return np.nan
+    at = int(np.argmax(y <= wanted))
+    if at == 0:
+        return x[0]
+    return float(x[at] - (x[at] - x[at - 1]) * (wanted - y[at]) / (y[at - 1] - y[at]))
+
+
+def over_test_documents(counted: pd.DataFrame, folder: Path, pairs: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """By arm: the interval over test documents of its difference to the reference, in nats per token, over the seeds
+    that both have; absent where the sums are not there."""
+    sums = {(run["arm"], run["seed"]): _sums(folder / run["id"]) for run in counted.to_dict("records")}
+    found = {}
+    for arm, reference in pairs.items():
+        seeds = [seed for one, seed in sums if one == arm and sums.get((reference, seed)) and sums[one, seed]]
+        if seeds:
+            own, others = (np.mean([sums[each, seed][0] for seed in seeds], axis=0) for each in (arm, reference))
+            found[arm] = over_documents(own, sums[arm, seeds[0]][1], others)
+    return found
+
+
+def _sums(folder: Path) -> tuple[np.ndarray, ...]:
+    """Of the test documents: loss sums in nats, and tokens; () if they are not there."""
+    path = folder / "evaluation.safetensors"
+    if not path.exists():
+        return ()
+    with safe_open(path, "np") as file:
+        return file.get_tensor("test/document_ce_sum"), file.get_tensor("test/document_tokens")
+
+
+def floor_of(path: Path) -> float:
+    """Of a report on runs that are one run repeated: what two of them may differ by. NaN if there is none."""
+    if not path.exists():
+        return np.nan
+    runs = read(path)
+    return noise_floor(runs.loc[runs["outcome"] == "finished", "test/ce"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if path.exists() else {}
+
+
+def _number(text: str) -> Any:
+    """What was written, to the last bit; pandas' own parser gives that in some versions alone."""
+    if not text:
+        return np.nan
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _listed(value: Any) -> list[str]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value

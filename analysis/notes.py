@@ -1,0 +1,188 @@
+"""What stands above and under a table: what was compared, what the marks mean, and every run that is in no mean."""
+
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.arms import described
+from analysis.behind import SETTING
+from analysis.summary import LEAKS, model_of
+from analysis.tables import ALONE, EQUIVALENT, FLOOR, UNKNOWN, UNSEPARATED, human, leaky, reference_of, unknown_share
+from analysis.variation import split_variance
+
+WITHOUT_RESULT = ("stopped", "failed", "missing")
+WIDTH = 118
+
+
+def header(runs: pd.DataFrame) -> str:
+    """Which comparison, on what text, how much of it, which seeds, on what device."""
+    counted = runs.loc[runs["outcome"] == "finished"]
+    first = counted.iloc[0]
+    budgets, steps = sorted(set(counted["token_budget"])), sorted(set(counted["step"]))
+    stopped = bool((counted["tokens"] < counted["token_budget"]).any())
+    amount = f"at most {several(budgets)} tokens" if stopped else f"{several(budgets)} tokens"
+    amount += "" if stopped else f" in {' to '.join(f'{step:,.0f}' for step in {steps[0]: 0, steps[-1]: 0})} steps"
+    seeds = ", ".join(str(seed) for seed in sorted(counted["seed"].unique()))
+    devices = " and ".join(counted["device"].unique())
+    return "\n".join(
+        [
+            f"{first['sweep']} at scale {first['scale']}: {first['corpus']}",
+            f"trained on {amount}, seeds {seeds}, on {devices}",
+        ]
+    )
+
+
+def several(counts: list[float]) -> str:
+    return human(counts[0]) if len(counts) == 1 else f"{human(counts[0])} to {human(counts[-1])}"
+
+
+def columns(frame: pd.DataFrame) -> list[str]:
+    """What the columns are."""
+    reference = reference_of(frame)
+    lines = [
+        "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
+        f"difference: of test cross-entropy, in nats (natural log) per token; below 0 is better than {reference};",
+        "  from the model arm + seed over the whole table; the intervals (Dunnett's) hold for all arms at once",
+        "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
+        "tokens per s: trained per second, whatever else the machine did; not a benchmark",
+        "parameters: active are those that one token passes through; k thousand, M million, B billion",
+        "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
+        f"seconds: of training, mean over runs; and until the validation loss was {reference}'s last of the same seed",
+    ]
+    if frame["test_bits_per_byte"].notna().to_numpy().any():
+        lines.append(
+            "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
+        )
+    return lines
+
+
+def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]:
+    """What the marks mean that this table has."""
+    reference, told = reference_of(frame), frame.loc[frame["difference_low"].notna()]
+    n = " or ".join(str(n) for n in sorted(set(told.loc[~told["separated"], "n"])))
+    lines = []
+    if n:
+        lines.append(f"{UNSEPARATED} not separated from {reference} at n = {n}: the interval contains 0")
+    few = frame.loc[(frame["difference_pairs"] > 0) & (frame["difference_pairs"] < frame["n"])].to_dict("records")
+    for row in few:
+        lines.append(f"{row['label']}: {row['difference_pairs']} of its {row['n']} runs have a pair of the same seed")
+    if told["equivalent"].to_numpy().any():
+        lines.append(
+            f"{EQUIVALENT} equivalent to {reference}: within {asked['margin']} nats, by two one-sided tests at 5 %"
+        )
+    if told["alone"].to_numpy().any():
+        lines.append(
+            f"{ALONE} tested alone, by its own pairs and Bonferroni's correction: it or {reference} scatters unlike"
+        )
+        lines.append("  the other arms (three times their variance, F-test at 5 %)")
+    if frame["below_floor"].to_numpy().any():
+        lines.append(f"{FLOOR} below the noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+    if leaky(frame).to_numpy().any():
+        lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
+    if (share := unknown_share(frame)) > 0:
+        lines.append(
+            f"{UNKNOWN} of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per"
+        )
+        lines.append("  byte and word perplexity can be compared with no other dictionary's")
+    return lines
+
+
+def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict[str, Any]) -> list[str]:
+    """What the table of statistics is, the pooled residual, and what its rows cannot say."""
+    counted = runs.loc[runs["outcome"] == "finished"]
+    arms = described(runs["arm"], style)
+    model = model_of(counted, arms, asked)
+    lines = []
+    if model.dof and frame["difference_low"].notna().to_numpy().any():
+        pooled = float(model.variance) ** 0.5
+        lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {model.dof} degrees of freedom;")
+        lines.append("  by arm beside it, with each arm's variance over that of the others")
+        lines.append(
+            f"p of equivalence: two one-sided tests at {asked['margin']} nats, fixed beforehand; over documents: the"
+        )
+        lines.append("  bootstrap of test documents for these trained models, which says nothing of other seeds")
+        lines.append("seeds to separate: with a power of 80 %, if the difference and the scatter are those seen here")
+    return lines + draws(counted, arms)
+
+
+def draws(counted: pd.DataFrame, arms: dict[str, Any]) -> list[str]:
+    """Of each method whose places are draws, crossed with seeds: what of the variance is whose."""
+    lines = []
+    places = {name: arm.place for name, arm in arms.items() if arm.place.startswith("draw")}
+    for method in dict.fromkeys(arms[name].method for name in places):
+        own = counted.loc[counted["arm"].isin([name for name in places if arms[name].method == method])]
+        block = own.assign(draw=own["arm"].map(places)).pivot(index="seed", columns="draw", values="test/ce")
+        if min(block.shape) > 1 and block.notna().to_numpy().all():
+            parts = split_variance(block)
+            shown = [f"{np.sqrt(max(0, part)):.4f}" for part in parts[:3]]
+            lines.append(
+                f"{style_label(arms, method)}: deviation {shown[0]} nats by training seed (p {parts.seed_p:.3f}),"
+            )
+            lines.append(f"  {shown[1]} by table draw (p {parts.table_p:.3f}), {shown[2]} by neither")
+    return lines
+
+
+def style_label(arms: dict[str, Any], method: str) -> str:
+    """A method's label without a place."""
+    arm = next(arm for arm in arms.values() if arm.method == method)
+    return arm.label.removesuffix(", " + arm.place.replace("_", " "))
+
+
+def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -> list[str]:
+    """What arms declare about themselves, and every setting that is not the same for all."""
+    counted, labels = runs.loc[runs["outcome"] == "finished"], dict(zip(frame["arm"], frame["label"]))
+    declared: dict[str, list[str]] = {}
+    for arm, own in counted.groupby("arm", sort=False):
+        if "leaks" in own and own["leaks"].iloc[0]:
+            declared.setdefault(own["leaks"].iloc[0], []).append(labels[arm].removesuffix(f" {LEAKS}"))
+    lines = [f"declares a leak ({leak}): {', '.join(names)}" for leak, names in declared.items()]
+    if declared:
+        lines.append("  (python -m routers.certify router=NAME finds it, and that the others have none)")
+    for column in [column for column in runs if column.startswith(SETTING)]:
+        key = column.removeprefix(SETTING)
+        if key in asked.get("varies", []):
+            continue
+        values = {
+            arm: " and ".join(dict.fromkeys(value for value in own[column] if value))
+            for arm, own in counted.groupby("arm", sort=False)
+        }
+        most = max(values.values(), key=list(values.values()).count)
+        others = [f"{labels[arm]} {value}" for arm, value in values.items() if value not in (most, "")]
+        lines += [f"not equal: {key} is {most}, but " + "; ".join(others)] if others else []
+    return lines
+
+
+def bad_runs(runs: pd.DataFrame) -> list[str]:
+    """Every run that is in no mean, by name, and how to complete or repeat it."""
+    left_out = runs.loc[runs["outcome"] != "finished"].to_dict("records")
+    counted = len(runs) - len(left_out)
+    lines = [f"{counted} of {len(runs)} runs are counted" + ("; in no mean:" if left_out else "")]
+    lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
+    command = runs["sweep_command"].iloc[0]
+    again = [run for run in left_out if run["outcome"] in WITHOUT_RESULT]
+    if again:
+        lines += [f"to complete {len(again)} of them (stopped, failed or missing):", f"  {command}"]
+    repeat = [run for run in left_out if run["outcome"] not in (*WITHOUT_RESULT, "running")]
+    if repeat:
+        lines.append(f"to repeat {len(repeat)} of them, which have a result (of this tree and its data then):")
+        lines += [f"  rm -r runs/{run['id']}" for run in repeat] + [f"  {command}"]
+    flawed = runs.loc[runs["flaws"] != ""] if "flaws" in runs else runs.iloc[:0]
+    lines += ["records with flaws that move no figure:"] if len(flawed) else []
+    return lines + [f"  {run}: {flaw}" for run, flaw in zip(flawed["id"], flawed["flaws"])]
+
+
+def of_publications(tables: list[dict[str, Any]]) -> list[str]:
+    """Where the published numbers are from, and other papers' lines."""
+    lines = []
+    for table in tables:
+        shown = "" if table.get("lines") or table["rows"] else " (no figures found: not published here)"
+        lines += wrap(f"published: {table['source']}{shown}", WIDTH, subsequent_indent="  ")
+        lines += [f"  {line}" for line in [*table.get("lines", []), *([table["also"]] if "also" in table else [])]]
+    if any(table["rows"] for table in tables):
+        lines.append(
+            "  seen: in a transcription or the authors' own figure; read off: digitised from it; unverified: recalled."
+        )
+        lines.append("  Its differences are logarithms of ratios of these perplexities, of test where both are known")
+    return lines

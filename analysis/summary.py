@@ -1,0 +1,117 @@
+"""The numbers of a table: one row an arm, from the runs behind it alone."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.additive_model import AdditiveModel, Comparison, compare, fit, paired, residual_deviations
+from analysis.arms import described, references
+from analysis.dunnett import seeds_to_separate
+from analysis.statistics import mean_and_deviation
+
+TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share")
+LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
+UNKNOWN = (
+    "difference_mean",
+    "difference_low",
+    "difference_high",
+    "p",
+    "paired_mean",
+    "paired_low",
+    "paired_high",
+    "paired_p",
+)
+UNKNOWN += ("variance_ratio", "equivalence_p", "seeds_to_separate")
+WITHIN = {"active_parameters": "parameters/active", "total_parameters": "parameters/total"}
+WITHIN |= {"flops_per_token": "train_flops_per_token", "peak_memory_bytes": "peak_memory_bytes"}
+WITHIN |= {
+    key: key
+    for key in ("tokens_per_second", "train_seconds", "seconds_to_reference", "documents_low", "documents_high")
+}
+
+
+def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
+    """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
+    counted = runs.loc[runs["outcome"] == "finished"]
+    arms = described(runs["arm"], style)
+    pairs = references(arms, asked)
+    model = model_of(counted, arms, asked)
+    compared, scatter = compare(model, {**pairs}), residual_deviations(model)
+    rows = []
+    for name, arm in arms.items():
+        own: Any = counted.loc[counted["arm"] == name]
+        leaks = own["leaks"].astype(str).str.contains("evaluation").any() if "leaks" in own else False
+        label = arm.label + (f" {LEAKS}" if leaks else "")
+        row = {"arm": name, "method": arm.method, "place": arm.place, "x": arm.x, "label": label}
+        row |= {
+            "planned": list(runs["arm"]).count(name),
+            "n": len(own),
+            "reference": name in pairs.values() and name not in pairs,
+        }
+        row |= {"reference_arm": pairs.get(name, ""), **losses(own), **costs(own)}
+        row |= differences(model, compared.get(name), name, pairs.get(name), asked["margin"])
+        row["residual_deviation"] = scatter.get(name, np.nan)
+        rows.append(row)
+    frame = beside_references(pd.DataFrame(rows))
+    frame["below_floor"] = frame["difference_mean"].abs() < runs["noise_floor"].iloc[0]
+    return frame
+
+
+def model_of(counted: pd.DataFrame, arms: dict[str, Any], asked: dict[str, Any]) -> AdditiveModel:
+    """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them."""
+    seeds = counted["seed"].astype(str)
+    if asked.get("groups"):
+        seeds = seeds + " of " + pd.Series([arms[arm].place for arm in counted["arm"]], index=counted.index)
+    return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted["test/ce"].to_numpy())
+
+
+def losses(runs: Any) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for split in ("test", "val"):
+        mean, deviation = mean_and_deviation(runs[f"{split}/perplexity"])
+        row |= {f"{split}_perplexity": mean, f"{split}_perplexity_deviation": deviation}
+        row[f"{split}_ce"], row[f"{split}_ce_deviation"] = mean_and_deviation(runs[f"{split}/ce"])
+        for key in TEXT_FIGURES:
+            row[f"{split}_{key}"] = mean_of_all(runs, f"{split}/{key}")
+    return row | {"below_unigram": (runs["val/unigram_entropy"] - runs["val/ce"]).mean()}
+
+
+def costs(runs: Any) -> dict[str, float]:
+    return {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
+
+
+def mean_of_all(runs: Any, column: str) -> float:
+    """NaN if a run lacks the figure, as a short run its speed."""
+    return float(runs[column].astype(float).mean(skipna=False)) if column in runs and len(runs) else np.nan
+
+
+def differences(
+    model: AdditiveModel, found: Comparison | None, name: str, reference: str | None, margin: float
+) -> dict[str, Any]:
+    """Of the test loss to the reference's: the pooled fit's, the paired t-test's, equivalence, seeds to separate."""
+    row: dict[str, Any] = {"difference_pairs": 0, "separated": False, "alone": False, "equivalent": False}
+    row |= dict.fromkeys(UNKNOWN, np.nan)
+    if found is None or reference is None:
+        return row
+    single, k = paired(model, name, reference), len(model.arms) - 1
+    row |= {"difference_pairs": single.n, "difference_mean": found.estimate.value, "alone": found.alone}
+    row |= {"difference_low": found.low, "difference_high": found.high, "p": found.p, "separated": found.separated}
+    row |= {"paired_mean": single.value, "paired_p": single.p, "variance_ratio": found.ratio}
+    row["paired_low"], row["paired_high"] = single.interval()
+    row["equivalence_p"] = found.estimate.p_within(margin)
+    row["equivalent"] = bool(row["equivalence_p"] < 0.05)
+    deviation = single.error * (single.n / 2) ** 0.5 if found.alone else float(model.variance) ** 0.5
+    design = {"arms": 2, "level": 1 - 0.05 / k} if found.alone else {"arms": k + 1}
+    if not found.separated and np.isfinite(found.low):
+        row["seeds_to_separate"] = seeds_to_separate(found.estimate.value, deviation, **design)
+    return row
+
+
+def beside_references(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds FLOPs and parameters over the reference's."""
+    own = [row["reference_arm"] or row["arm"] for row in frame.to_dict("records")]
+    for what in ("flops_per_token", "total_parameters"):
+        by_arm = dict(zip(frame["arm"], frame[what]))
+        frame[f"{what}_over_reference"] = frame[what] / [by_arm[arm] for arm in own]
+    return frame

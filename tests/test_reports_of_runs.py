@@ -1,0 +1,313 @@
+"""Reports on runs that run.py's own code made: what is in a mean, what is named, the same bytes from runs.csv alone."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, compose_config, tiny_words
+
+from analysis.arms import declared, described, load, references
+from analysis.behind import read, write
+from analysis.published import by_arm, differences, published, routing_curves
+from analysis.report import main, report
+from training.job import FINISHED, run
+
+PLACES = (16, 32)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> Path:
+    """A small `modules`: dense, and Switch and Hash with 16 and 32 experts, two seeds each."""
+    runs = tmp_path_factory.mktemp("trained") / "runs"
+    words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
+    for seed in (0, 1):
+        assert run(compose_config(*words, "router=dense", f"seed={seed}")) == FINISHED
+        for router in ("switch", "hash_balanced"):
+            for place in PLACES:
+                size = [f"num_experts={place}", f"arm={router}_{place}"]
+                assert run(compose_config(*words, f"router={router}", f"seed={seed}", *size)) == FINISHED
+    record_of(runs, "modules")
+    return runs
+
+
+def record_of(runs: Path, name: str) -> None:
+    """As the launcher leaves it, with all runs that are there."""
+    found = sorted(path.name for path in runs.iterdir() if path.name != "sweeps")
+    content = {"sweep": name, "scale": "smoke", "command": ["python", "run.py", "-m", f"sweeps={name}"], "runs": found}
+    (runs / "sweeps").mkdir(exist_ok=True)
+    (runs / "sweeps" / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(trained, tmp_path) -> Path:
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def spoiled(
+    runs: Path, of: str, name: str, change: dict[str, dict] | None = None, without: tuple[str, ...] = ()
+) -> Path:
+    """A copy of a real run under another name, with changed entries in its json files and some files gone."""
+    folder = shutil.copytree(next(runs.glob(f"{of}-*")), runs / name)
+    for file, entries in (change or {}).items():
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | entries))
+    for file in without:
+        (folder / file).unlink()
+    return folder
+
+
+def test_one_of_each_kind_of_bad_run_is_named_and_moves_no_number(runs, tmp_path):
+    report("modules", runs, tmp_path / "clean")
+    clean = pd.read_csv(tmp_path / "clean" / "smoke" / "modules" / "table.csv").set_index("arm")
+    git = json.loads((next(runs.glob("dense-s0-*")) / "provenance.json").read_text())["git"]
+    unlike = {"test/ce": 90.0, "test/perplexity": 1e30, "val/ce": 90.0, "val/perplexity": 1e30}
+    bad = {
+        "stopped": spoiled(runs, "switch_16-s0", "switch_16-s2-00000001", without=("result.json",)),
+        "failed": spoiled(runs, "switch_16-s0", "switch_16-s3-00000002", without=("result.json",)),
+        "diverged": spoiled(runs, "switch_16-s0", "switch_16-s4-00000003", {"result.json": {"outcome": "diverged"}}),
+        "running": spoiled(runs, "switch_16-s0", "switch_16-s5-00000004", without=("result.json",)),
+        "other commit": spoiled(
+            runs,
+            "switch_16-s0",
+            "switch_16-s6-00000005",
+            {"provenance.json": {"git": git | {"commit": "b" * 40}}, "result.json": unlike},
+        ),
+        "other data": spoiled(
+            runs, "switch_16-s0", "switch_16-s7-00000006", {"result.json": unlike | {"data_fingerprint": "elsewhere"}}
+        ),
+        "other token budget": spoiled(
+            runs, "switch_16-s0", "switch_16-s8-00000007", {"result.json": unlike | {"token_budget": 7}}
+        ),
+        "missing": runs / "switch_16-s9-00000008",
+    }
+    (bad["failed"] / "error.txt").write_text("Traceback (most recent call last):\nRuntimeError: out of memory\n")
+    metrics = bad["stopped"] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-40])  # killed in the middle of a line
+    twice, cut = (next(runs.glob(f"hash_balanced_{place}-s0-*")) / "metrics.jsonl" for place in PLACES)
+    twice.write_text(twice.read_text() * 2)
+    cut.write_text(cut.read_text() + '{"step": 12, "val')
+    record_of(runs, "modules")
+    record = runs / "sweeps" / "modules.json"
+    record.write_text(
+        json.dumps(
+            json.loads(record.read_text()) | {"runs": [*json.loads(record.read_text())["runs"], bad["missing"].name]}
+        )
+    )
+    with (bad["running"] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = report("modules", runs, tmp_path / "results")
+
+    table = pd.read_csv(tmp_path / "results" / "smoke" / "modules" / "table.csv").set_index("arm")
+    same = [column for column in clean if column not in ("planned",)]
+    again: Any = table.loc[clean.index, same]
+    pd.testing.assert_frame_equal(again, clean.loc[:, same])
+    assert f"10 of {10 + len(bad)} runs are counted; in no mean:" in printed and "2 of 10" in printed
+    for outcome, folder in bad.items():
+        assert f"\n  {folder.name}: {outcome}" in printed
+        has_result = outcome in ("diverged", "other commit", "other data", "other token budget")
+        assert (f"\n  rm -r runs/{folder.name}\n" in printed) == has_result
+    assert "to complete 3 of them (stopped, failed or missing):\n  python run.py -m sweeps=modules\n" in printed
+    assert "to repeat 4 of them" in printed
+    assert f"{twice.parent.name}: metrics.jsonl has step" in printed
+    assert f"{cut.parent.name}: the last line of metrics.jsonl is cut" in printed
+
+
+def test_the_tables_come_again_from_runs_csv_alone_and_all_files_are_the_same_bytes(
+    trained, tmp_path, monkeypatch, capsys
+):
+    report("modules", trained, tmp_path / "one")
+    report("modules", trained, tmp_path / "two")
+    one = files_of(tmp_path / "one" / "smoke" / "modules")
+    assert one == files_of(tmp_path / "two" / "smoke" / "modules") and len(one) == 6
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "runs.csv").write_bytes(one["runs.csv"])
+    monkeypatch.setattr("sys.argv", ["report", str(alone / "runs.csv")])
+    main()
+    again = files_of(alone)
+    assert set(again) == {"runs.csv", "table.csv", "table.md", "table.tex"}
+    assert all(one[name] == content for name, content in again.items())
+    assert capsys.readouterr().out.startswith("modules at scale smoke: text files")
+
+
+def test_every_run_is_in_runs_csv_with_its_origin(trained, tmp_path):
+    report("modules", trained, tmp_path / "results")
+    rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv")
+    assert len(rows) == 10
+    first = rows.set_index("id").loc[next(trained.glob("switch_16-s1-*")).name]
+    provenance = json.loads((trained / first.name / "provenance.json").read_text())
+    assert (
+        first["commit"] == provenance["git"]["commit"]
+        and f"torch={provenance['versions']['torch']}" in first["versions"]
+    )
+    result = json.loads((trained / first.name / "result.json").read_text())
+    for key in ("test/ce", "val/ce", "seconds", "peak_memory_bytes", "data_fingerprint", "train_flops_per_token"):
+        assert first[key] == result[key], key
+    assert set(rows["config/num_experts"]) == {"4", "16", "32"}
+    write(rows, tmp_path / "again.csv")
+    pd.testing.assert_frame_equal(read(tmp_path / "again.csv"), rows)
+
+
+def test_each_place_is_compared_with_the_reference_of_its_own_and_with_the_papers(trained, tmp_path):
+    printed = report("modules", trained, tmp_path / "results")
+    table = pd.read_csv(tmp_path / "results" / "smoke" / "modules" / "table.csv").set_index("arm")
+    assert table.loc["hash_balanced_32", "reference_arm"] == "switch_32"
+    rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv").set_index(["arm", "seed"])["test/ce"]
+    by_hand = (rows["hash_balanced_32"] - rows["switch_32"]).mean()
+    assert table.loc["hash_balanced_32", "difference_mean"] == pytest.approx(by_hand)
+    assert "23.58 read off" in printed and "-0.009 read off" in printed  # log(23.58 / 23.79)
+    assert "not published here" in printed  # of test, and of dense
+    assert all(len(line) <= 150 for line in printed.splitlines() if not line.startswith(("table ", "figure ", "runs ")))
+
+
+def test_what_is_not_equal_is_printed_unless_it_is_the_tables_question(runs, tmp_path):
+    for folder in runs.glob("switch_32-*"):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["train"]["lr"] = 0.125
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    printed = report("modules", runs, tmp_path / "results")
+    assert "not equal: train.lr is 0.002, but Switch, 32 0.125" in printed
+    assert "not equal: num_experts" not in printed
+
+
+def test_a_difference_below_the_noise_floor_is_marked(trained, tmp_path):
+    floor = tmp_path / "results" / "smoke" / "noise_floor"
+    report("modules", trained, tmp_path / "results")
+    floor.mkdir(parents=True)
+    rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv").iloc[:3].assign(**{"test/ce": [1.0, 2.0, 3.0]})
+    write(rows, floor / "runs.csv")
+    printed = report("modules", trained, tmp_path / "results")
+    assert "~ below the noise floor: one run repeated with one seed differs by up to 6.0849 nats" in printed
+
+
+def test_wall_clock_to_the_references_loss_is_between_the_validations(trained, tmp_path):
+    report("modules", trained, tmp_path / "results")
+    rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv")
+    for row in rows.to_dict("records"):
+        lines = [json.loads(line) for line in (trained / row["id"] / "metrics.jsonl").read_text().splitlines()]
+        validations = [line for line in lines if "val/ce" in line]
+        if row["arm"].startswith("switch"):
+            assert row["seconds_to_reference"] == pytest.approx(validations[-1]["seconds"])
+        elif row["seconds_to_reference"] > 0:
+            assert validations[0]["seconds"] <= row["seconds_to_reference"] <= validations[-1]["seconds"]
+
+
+@pytest.mark.parametrize("name", ["main", "load_balance", "base_comparison", "table_draws", "horizon"])
+def test_other_kinds_of_tables_and_figures_come_of_the_same_runs(trained, tmp_path, name):
+    """Under labels that such a sweep has; the runs are those of `modules`."""
+    labels = {
+        "main": ["dense", "switch_1x64", "switch_5x16", "hash_balanced_1x64", "hash_balanced_5x16"],
+        "load_balance": ["dense", "switch_coef_0", "switch_coef_0.01", "hash_balanced", "switch_coef_1"],
+        "base_comparison": ["dense", "base_inserted", "base", "hash_balanced", "hash_balanced_3_layers"],
+        "horizon": ["dense_1x", "hash_balanced_1x", "hash_balanced_2x", "switch_1x", "dense_2x"],
+        "table_draws": ["dense", *(f"hash_{kind}_draw_{draw}" for kind in ("random", "balanced") for draw in (0, 1))],
+    }[name]
+    runs = tmp_path / "runs"
+    arms = dict(zip(["dense", "switch_16", "switch_32", "hash_balanced_16", "hash_balanced_32"], labels))
+    for folder in trained.iterdir():
+        arm, _, rest = folder.name.partition("-")
+        if folder.name != "sweeps":
+            shutil.copytree(folder, runs / f"{arms[arm]}-{rest}")
+    for result in runs.glob("*_2x-*/result.json"):
+        result.write_text(result.read_text().replace('"token_budget": 1536', '"token_budget": 3072'))
+    record_of(runs, name)
+    printed = report(name, runs, tmp_path / "results")
+    made = files_of(tmp_path / "results" / "smoke" / name)
+    assert all(made.values()) and len(made) == 6
+    said = {"main": "23.23 seen", "load_balance": "not published here", "base_comparison": "10.08 read off"}
+    said["horizon"] = "10 of 10 runs are counted"  # of each place, runs of one budget
+    assert said.get(name, "by table draw (p ") in printed
+
+
+def test_every_router_has_a_look_of_its_own_and_every_declared_reference_one():
+    arms = load("style")["arms"]
+    routers = {path.stem for path in (ROOT / "conf" / "router").glob("*.yaml")}
+    assert routers <= set(arms)
+    looks = [
+        (look["color"], tuple(look["dashes"]), look["marker"]) for name, look in arms.items() if "_tuned" not in name
+    ]
+    assert len(set(looks)) == len(looks)
+    for sweep, asked in load("declared")["sweeps"].items():
+        name = described([asked["reference"]], load("style"))[asked["reference"]]
+        assert name.method in arms, sweep
+        published(asked.get("published", []), {})
+
+
+def test_labels_say_method_place_and_reference():
+    arms = described(
+        ["dense", "switch_coef_0.01", "hash_balanced", "hash_balanced_3_layers", "my_idea_2"], load("style")
+    )
+    assert [arm.method for arm in arms.values()] == ["dense", "switch", "hash_balanced", "hash_balanced", "my_idea_2"]
+    assert [arm.label for arm in arms.values()][1:4] == [
+        "Switch, coef 0.01",
+        "Hash, balanced",
+        "Hash, balanced, 3 layers",
+    ]
+    assert [arm.x for arm in arms.values()][1:4] == pytest.approx([0.01, float("nan"), 3], nan_ok=True)
+    places = described(["dense", "switch_16", "hash_balanced_16", "switch_32", "base_32"], load("style"))
+    assert references(places, declared("modules")) == {"hash_balanced_16": "switch_16", "base_32": "switch_32"}
+    assert references(places, declared("main")) == dict.fromkeys(list(places)[1:], "dense")
+
+
+def test_published_numbers_are_only_those_with_a_status_and_differences_take_the_less_sure_one():
+    for table in load("published")["tables"].values():
+        for row in table.get("rows", []):
+            for split in ("valid", "test"):
+                assert (split in row) == (f"{split}_status" in row)
+                assert row.get(f"{split}_status", "seen") in ("seen", "read off", "unverified")
+    arms = described(["dense", "switch_1x64", "hash_balanced_1x64"], load("style"))
+    tables = published(["reddit_main"], arms)
+    assert by_arm(tables)["switch_1x64"][0]["test"] == 23.73
+    apart = differences(tables, {"hash_balanced_1x64": "switch_1x64", "switch_1x64": "dense"})
+    assert apart["hash_balanced_1x64"] == (
+        pytest.approx(-0.0213, abs=1e-4),
+        "seen",
+    )  # the 0.021 that PAPER's text gives
+    assert apart["switch_1x64"][1] == "unverified"
+
+
+def curves_file(path: Path, **changes) -> Path:
+    """Rows of the form that the README of DeepMind's repository describes; the losses are invented."""
+    rows = []
+    for router, shift in (("Dense", 0.0), ("Hash", -0.05), ("S-Base", -0.1), ("RL-R", -0.08)):
+        for size, count in (("15M", 15e6), ("130M", 130e6)):
+            for experts in (8, 32, 128) if router != "Dense" else (1,):
+                for step in (10_000, 250_000):
+                    loss = 4 - 0.3 * (count > 1e8) + shift * experts**0.3 + (step == 10_000)
+                    row = {"hyper_id": f"{router}{size}{experts}", "step": step, "router_type": router, "k": 1}
+                    row |= {"num_experts": experts, "routing_frequency": 0.5, "seed": 42, "model_size_label": size}
+                    rows.append(row | {"dense_parameter_count": count, "loss_validation": loss} | changes)
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_public_curves_are_the_last_losses_of_every_routed_model_and_lie_under_the_figure(trained, tmp_path):
+    path = curves_file(tmp_path / "curves.csv.gz")
+    curves = routing_curves(path)
+    assert len(curves) == 3 * 2 * 3 and max(curves["loss"]) < 4
+    report("modules", trained, tmp_path / "plain")
+    report("modules", trained, tmp_path / "with", curves=path)
+    plain, more = (files_of(tmp_path / name / "smoke" / "modules") for name in ("plain", "with"))
+    assert plain["figure.png"] != more["figure.png"] and plain["table.md"] == more["table.md"]
+    with pytest.raises(ValueError, match="no row of routing_frequency"):
+        routing_curves(curves_file(tmp_path / "other.csv", k=2))
+    (tmp_path / "none.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column hyper_id"):
+        routing_curves(tmp_path / "none.csv")
+
+
+def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "runs.csv")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1 and "is no runs.csv of a report" in capsys.readouterr().err
