@@ -236,6 +236,7 @@ def test_a_last_line_that_is_cut_and_steps_written_twice_change_no_curve_and_are
     columns = ["arm", "seed", "tokens", "val/ce"]
     curves = [frame[columns].sort_values(columns, ignore_index=True) for frame in (study.curves, before)]
     pd.testing.assert_frame_equal(*curves)
+    assert study.curves.groupby(["arm", "seed"])["step"].agg(lambda step: step.is_monotonic_increasing).all()
     printed = report("quickstart", whole, tmp_path / "results")
     assert f"{cut.parent.name}: the last line of metrics.jsonl is cut" in printed
     assert f"{twice.parent.name}: metrics.jsonl has step 20, 200 twice; the later line counts" in printed
