@@ -7,7 +7,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis import behind, notes, tables
 from analysis.arms import declared, described, load, place_of
+from analysis.explain import explain
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
 from analysis.runs import Mirror, read_study
@@ -29,8 +30,7 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     if curves, a file of public curves to lay under the figure, is none."""
     style, asked = load("style"), declared(name)
     public = routing_curves(curves) if curves else None
-    alike = (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
-    study = read_study(name, runs, places, alike)
+    study = read_study(name, runs, places, grouping(style, asked))
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     behind.write(behind.behind(study, runs, results, style, asked), folder / "runs.csv")
@@ -46,6 +46,11 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
+
+
+def grouping(style: dict, asked: dict) -> Callable[[str], str]:
+    """arm -> what names those that must share data and budget."""
+    return (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
 
 
 def write_tables(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
@@ -87,6 +92,13 @@ def in_latex(head: str, body: str, lines: str) -> str:
     return f"{commented}\n{body}\n"
 
 
+def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
+    """Write explain.md and its figures beside the table; return what to print. ValueError as explain does."""
+    style, asked = load("style"), declared(name)
+    study = read_study(name, runs, places, grouping(style, asked))
+    return explain(study, style, asked, runs, results / study.scale / name)
+
+
 def main() -> None:
     """Print the report, or leave with status 1 and one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
@@ -103,6 +115,7 @@ def main() -> None:
         metavar="FOLDER",
         help="read wandb's offline files too: under --runs, or under FOLDER",
     )
+    parser.add_argument("--explain", action="store_true", help="why a router wins: loads, settling, token shares")
     given = parser.parse_args()
     try:
         if given.name.endswith(".csv"):
@@ -111,6 +124,8 @@ def main() -> None:
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)
         print(report(given.name, given.runs, given.results, places, given.curves))
+        if given.explain:
+            print(f"\n{explained(given.name, given.runs, given.results, places)}")
     except (ValueError, OSError) as error:
         parser.exit(1, f"analysis.report: {error}\n")
 

@@ -162,10 +162,3 @@ def judged(result: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
         result = result | {"outcome": "diverged", "why": f"at step {result['step']}"}
     budget = result.get("token_budget", result["tokens"])  # without early stopping they are the same
     return result | {"token_budget": budget, "code": code, "device": origin["device"]}
-
-
-def flaws(study: Study) -> str:
-    """Lines for a report: what is wrong with records, though it moves no figure; "" if nothing is."""
-    flawed = study.runs.loc[study.runs["flaws"] != ""]
-    lines = [f"\n  {run}: {flaw}" for run, flaw in zip(flawed["id"], flawed["flaws"])]
-    return "".join(["\nrecords with flaws that move no figure:", *lines]) if lines else ""

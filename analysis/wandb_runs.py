@@ -27,7 +27,8 @@ def mirrors(name: str, runs: Path, offline: Path | None, project: str | None, ap
     """
     places = [offline_mirror(offline)] if offline is not None else []
     if project is not None:
-        listed = read_record(name, runs, places).runs if (runs / "sweeps" / f"{name}.json").exists() else None
+        known = (runs / "sweeps" / f"{name}.json").exists()
+        listed = [cell["run"] for cell in read_record(name, runs).cells] if known else None
         places.append(online_mirror(project, name, listed, api))
     return places
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -196,6 +197,24 @@ def tiny_words(corpus: Path, cache: Path, runs: Path) -> list[str]:
         "wandb.mode=disabled",
         f"runs={runs}",
     ]
+
+
+@pytest.fixture(scope="session")
+def small_study(corpus, tmp_path_factory) -> Path:
+    """The run folders of a sweep quickstart of three arms and two seeds, as run.py's code makes them."""
+    from training.job import run
+
+    runs = tmp_path_factory.mktemp("small_study")
+    words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
+    words += ["train.steps=6", "record.evaluate_every=2", "record.keep_weights=false"]
+    for arm in ("dense", "hash_balanced", "switch"):
+        for seed in (0, 1):
+            assert run(compose_config(*words, f"router={arm}", f"seed={seed}")) == 0
+    names = sorted(path.parent.name for path in runs.glob("*/result.json"))
+    record = {"sweep": "quickstart", "scale": "smoke", "command": ["python", "run.py"], "runs": names}
+    (runs / "sweeps").mkdir()
+    (runs / "sweeps" / "quickstart.json").write_text(json.dumps(record))
+    return runs
 
 
 def router_of(name: str, site: Site) -> Router:

@@ -236,6 +236,7 @@ def test_a_last_line_that_is_cut_and_steps_written_twice_change_no_curve_and_are
     columns = ["arm", "seed", "tokens", "val/ce"]
     curves = [frame[columns].sort_values(columns, ignore_index=True) for frame in (study.curves, before)]
     pd.testing.assert_frame_equal(*curves)
+    assert study.curves.groupby(["arm", "seed"])["step"].agg(lambda step: step.is_monotonic_increasing).all()
     printed = report("quickstart", whole, tmp_path / "results")
     assert f"{cut.parent.name}: the last line of metrics.jsonl is cut" in printed
     assert f"{twice.parent.name}: metrics.jsonl has step 20, 200 twice; the later line counts" in printed
@@ -328,6 +329,16 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     assert "training.sample" in printed
     assert f"training.sample {runs}/arm_13-" in printed, "the best that sees no future is to continue a text"
     assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0
+
+
+def test_a_run_stands_in_a_sweep_under_the_sweeps_own_label(whole):
+    dense = [path.name for path in sorted(whole.glob("dense-s*"))]
+    record = json.loads((whole / "sweeps" / "quickstart.json").read_text())
+    cells = [{"run": run, "arm": arm, "seed": seed} for arm in ("plain", "again") for seed, run in enumerate(dense)]
+    (whole / "sweeps" / "labels.json").write_text(json.dumps(record | {"runs": dense, "cells": cells}))
+    study = read_study("labels", whole)
+    assert list(study.counted["arm"]) == ["plain"] * 3 + ["again"] * 3 and list(study.counted["id"]) == dense * 2
+    assert study.curves.groupby(["arm", "seed"], sort=False).size().tolist() == [11] * 6
 
 
 @pytest.mark.long

@@ -1,8 +1,9 @@
 """Checkpoints: new directories, complete or absent, and found to be damaged when they are.
 
 A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, with early stopping also
-best.safetensors, with state.json, and a manifest of digests written last. Nothing else follows training: tables are
-buffers, and noise and order are functions of (seed, step), so there is no generator to save.
+best.safetensors, of sparse models assigned.safetensors, with state.json, and a manifest of digests written last.
+Nothing else follows training: tables are buffers, and noise and order are functions of (seed, step), so there is no
+generator to save.
 """
 
 import json
@@ -26,6 +27,7 @@ from training.preflight import read
 from training.settings import Settings
 
 MANIFEST = "manifest.json"
+KEPT = ("best", "assigned")  # what else a session goes on with: see session.Session
 CPU = torch.device("cpu")
 
 
@@ -110,8 +112,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Load model and optimizer in place; returns the state, and the best weights if they are kept apart. Raises
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Load model and optimizer in place; returns the state, and by name those of KEPT that are there. Raises
     ValueError if the tensors do not fit."""
     fit(model, folder / "model.safetensors")
     tensors = load_file(folder / "optimizer.safetensors")
@@ -119,8 +121,9 @@ def restore(
         parts = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
         # fused AdamW keeps its step counter on the parameter's device
         optimizer.state[parameter] = {what: value.to(parameter.device) for what, value in parts.items()}
-    best = folder / "best.safetensors"
-    return json.loads((folder / "state.json").read_text()), load_file(best) if best.exists() else {}
+    files = {name: folder / f"{name}.safetensors" for name in KEPT}
+    kept = {name: load_file(file) for name, file in files.items() if file.exists()}
+    return json.loads((folder / "state.json").read_text()), kept
 
 
 def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
@@ -129,7 +132,7 @@ def prune(checkpoints: Path, keep_weights: bool, keep_optimizer: bool) -> None:
         if keep_weights:
             manifest = json.loads((folder / MANIFEST).read_text())
             last = {"model.safetensors"} if "best.safetensors" in manifest else set()
-            goes = {"optimizer.safetensors"} | last
+            goes = {"optimizer.safetensors", "assigned.safetensors"} | last
             kept = {name: digest for name, digest in manifest.items() if name not in goes}
             write_atomically(folder / MANIFEST, json.dumps(kept))
             for name in goes:

@@ -62,12 +62,14 @@ def evaluate(
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
-    decile_tokens (10,) by the target's training frequency, the most frequent first; for each sparse layer load/<layer>
-    (E,) and token_expert/<layer> (V, E), how often each token id went to each expert.
+    decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
+    the token that the target follows; for each sparse layer load/<layer> (E,) and token_expert/<layer> (V, E), how
+    often each token id went to each expert.
     """
     device = model.embedding.device
     deciles = frequency_deciles(counts).numpy()
     sums = {"document": np.zeros((2, len(split.ends) + 1)), "decile": np.zeros((2, 10))}
+    sums["input"] = np.zeros((2, len(counts)))
     experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
     with torch.no_grad(), evaluating(model, as_in_training):
         for batch in evaluation_batches(split, batch_size):
@@ -76,7 +78,8 @@ def evaluate(
             batch = moved.apply(Tensor.cpu)  # of an encoder-decoder, the decoder's part
             counted = batch.counted.numpy()
             values = ce.double().cpu().numpy()[counted]
-            for name, place in (("document", batch.target_document.numpy()), ("decile", deciles[batch.target.numpy()])):
+            places = {"document": batch.target_document.numpy(), "decile": deciles[batch.target.numpy()]}
+            for name, place in (places | {"input": batch.tokens.id.numpy()}).items():
                 weights = values, np.ones_like(values)
                 sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
             for layer, routing in routings.items():

@@ -1,5 +1,6 @@
 """A run in memory: what trains, how far it is, how it is measured and how it is saved."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.mixed_batches import MixedSplit
+from data.tokenizer import decode, load_tokenizer
 from models.transformer import Transformer
 from training import checkpoint
 from training.build import choose_device, make_losses, make_model, precision
@@ -25,7 +27,8 @@ SPLITS = {"val": "validation", "test": "test"}  # name of the figures -> split
 
 @dataclass
 class Session:
-    """best: with early stopping, the weights of the best validation, on the CPU."""
+    """best: with early stopping, the weights of the best validation, on the CPU; assigned: by layer, how often
+    the last validation sent each token id to each expert (V, E)."""
 
     run: Run
     device: torch.device
@@ -35,6 +38,7 @@ class Session:
     progress: Progress
     origin: dict[str, Any]  # what provenance.json holds
     best: dict[str, Tensor] = field(default_factory=dict)
+    assigned: dict[str, Tensor] = field(default_factory=dict)
 
     def measure(self, split: str, as_in_training: bool = False) -> dict[str, Tensor]:
         """evaluation.evaluate's sums over a split. Raises Diverged if they are not finite."""
@@ -61,6 +65,7 @@ class Session:
         sums, progress = self.measure("validation"), self.progress
         figures = {"val/ce": mean_ce(sums)}
         figures |= {f"val/{name}/ce": each["ce"] for name, each in self.by_corpus("validation", sums).items()}
+        figures |= self.settled(sums)
         if self.run.settings.train.patience is None:
             return figures
         if progress.best_ce is None or figures["val/ce"] < progress.best_ce:
@@ -71,11 +76,22 @@ class Session:
             progress.waited += 1
         return figures | {"best_step": progress.best_step}
 
+    def settled(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """For each sparse layer the share of a validation's assignments, of each token id to each expert, that the
+        validation before it made too; nothing at the first."""
+        figures, before = {}, self.assigned
+        self.assigned = {str(layer): sums[f"token_expert/{layer}"].int() for layer in self.model.routers}
+        for layer, last in before.items():
+            now = self.assigned[layer]
+            most = max(int(now.sum()), int(last.sum()), 1)
+            figures[f"route/{layer}/settled"] = int(torch.minimum(now, last).sum()) / most
+        return figures
+
     def save(self) -> None:
         """A checkpoint of this step."""
         files = {"model": self.model.state_dict()}
         files["optimizer"] = checkpoint.optimizer_tensors(self.model, self.optimizer)
-        files |= {"best": self.best} if self.best else {}
+        files |= {name: kept for name, kept in (("best", self.best), ("assigned", self.assigned)) if kept}
         checkpoint.save(self.run.folder / "checkpoints", self.progress.step, files, asdict(self.progress))
 
     def held_out(self) -> dict[str, Any]:
@@ -96,8 +112,16 @@ class Session:
             if any(router.trains_differently for router in self.model.routers.values()):
                 result[f"{name}/ce_as_in_training"] = mean_ce(self.measure(split, as_in_training=True))
             tensors |= {f"{split}/{key}": value for key, value in sums.items()}
-        save_file(tensors, self.run.folder / "evaluation.safetensors")
+        names = {"frequent_tokens": json.dumps(self.frequent_tokens())}
+        save_file(tensors, self.run.folder / "evaluation.safetensors", names)
         return result
+
+    def frequent_tokens(self, most: int = 64) -> list[tuple[int, str]]:
+        """Id and text of the tokens that are most frequent in training, in falling order, for who draws experts."""
+        counts = self.run.prepared.token_counts
+        ids = counts.argsort(descending=True, stable=True)[: min(most, int((counts > 0).sum()))].tolist()
+        tokenizer = load_tokenizer(self.run.prepared.folder)
+        return [(token, decode(tokenizer, [token])) for token in ids]
 
 
 def open_session(run: Run) -> Session:
@@ -109,14 +133,14 @@ def open_session(run: Run) -> Session:
     model = make_model(settings, run.prepared, device, checkpoint.load_baseline(settings, device)).to(device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     require_space(folder, 9 * weights)  # for two checkpoints: weights, two moments, the best weights
-    optimizer, progress, best = make_optimizer(model, settings.train), Progress(), {}
+    optimizer, progress, kept = make_optimizer(model, settings.train), Progress(), {}
     last = checkpoint.latest(folder / "checkpoints")
     if last is not None:
-        state, best = checkpoint.restore(last, model, optimizer)
+        state, kept = checkpoint.restore(last, model, optimizer)
         progress = Progress(**state)
     elif settings.train.init_from is not None:
         checkpoint.load_weights(Path(settings.train.init_from), model)
     freeze(model, settings.train.update)  # after loading, upon which a router may choose what it trains
     origin = provenance(run.prepared, model, device, precision(settings, device))
     origin["parameters"]["trained"] = sum(p.numel() for p in trained(model, settings.train.update).values())
-    return Session(run, device, model, optimizer, make_losses(settings, model, device), progress, origin, best)
+    return Session(run, device, model, optimizer, make_losses(settings, model, device), progress, origin, **kept)

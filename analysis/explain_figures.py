@@ -1,0 +1,133 @@
+"""The pictures of --explain: where the loss is won, how full experts are, how fast routers settle, who goes where."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
+from analysis.arms import Arm
+from analysis.inside import Evaluation
+
+MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
+
+
+def save_figures(
+    figures: pd.DataFrame,
+    evaluations: dict[str, Evaluation],
+    arms: dict[str, Arm],
+    pairs: dict[str, str],
+    style: dict,
+    folder: Path,
+) -> list[str]:
+    """Draw folder/explain_<name>.png and .pdf and return the names. Curves are of the first MOST_CURVES arms with
+    experts in the order of figures, maps of the first MOST_MAPS; evaluations: of one run an arm."""
+    routed = list(figures.loc[figures["quantity"] == "load", "arm"].unique())[:MOST_CURVES]
+    lines = {arm: {**arms[arm].look, "label": arms[arm].label} for arm in routed}
+    draw = {"frequency": _frequency, "load": _load, "settling": _settling}
+    drawn = []
+    with context(["default", style["matplotlib"]]):
+        for name, plot in draw.items():
+            figure = Figure(figsize=(3.4, 2.5))
+            if plot(figure.subplots(), figures, lines, pairs):
+                _save(figure, folder, name)
+                drawn.append(name)
+        _save(_maps({arm: evaluations[arm] for arm in routed[:MOST_MAPS]}, arms), folder, "map")
+    return [*drawn, "map"]
+
+
+def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
+    losses = figures.loc[figures["quantity"] == "decile_ce"].pivot_table("value", ["seed", "place"], "arm")
+    lines = {arm: look for arm, look in lines.items() if pairs.get(arm) in losses}
+    axes.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
+    for arm, look in lines.items():
+        _line(axes, losses[arm] - losses[pairs[arm]], look, shift=1)
+    axes.set_xticks(range(1, 11))
+    axes.set_xlabel("tenth of the text, the most frequent targets first")
+    axes.set_ylabel("cross-entropy less that of the\nreference (nats per token)")
+    axes.legend()
+    return bool(lines)
+
+
+def _load(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
+    loads = figures.loc[figures["quantity"] == "load"]
+    for arm, look in lines.items():
+        own = loads.loc[loads["arm"] == arm].groupby(["seed", "place"])["value"].mean()  # over layers
+        _line(axes, own, look, shift=1)
+    bound = figures.loc[figures["quantity"] == "bound", "value"].min()
+    axes.axhline(bound, color="0.35", linewidth=0.7, linestyle=":", label="least for a token table's fullest")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("expert, from the fullest to the emptiest")
+    axes.set_ylabel("load over the mean load")
+    axes.legend()
+    return True
+
+
+def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
+    settled = figures.loc[figures["quantity"] == "settled"]
+    for arm, look in lines.items():
+        own = settled.loc[settled["arm"] == arm].groupby(["seed", "place"])["value"].mean()
+        if len(own):
+            own.index = own.index.set_levels(own.index.levels[1] / 1e6, level=1)
+            _line(axes, own, look)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("share of assignments that are\nas at the validation before")
+    axes.legend()
+    return bool(len(settled))
+
+
+def _line(axes: Axes, values: pd.Series, look: dict[str, Any], shift: int = 0) -> None:
+    """Mean over seeds and a band of one standard deviation of values, indexed by (seed, place)."""
+    by_seed = values.unstack("seed").dropna()
+    mean, deviation, x = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0.0), by_seed.index.to_numpy() + shift
+    axes.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.2, linewidth=0)
+    shape = {key: look[key] for key in ("color", "dashes", "label", "marker")}
+    axes.plot(x, mean, linewidth=1.1, markersize=2.8, markevery=max(1, len(x) // 8), **shape)
+
+
+def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm]) -> Figure:
+    """Tokens by experts, a map an arm, of its last sparse layer; experts in the order of the tokens that they serve."""
+    rows = -(-len(evaluations) // 2)
+    figure = Figure(figsize=(3.4, 0.5 + 2.4 * rows))
+    grid = figure.subplots(rows, min(2, len(evaluations)), squeeze=False)
+    for axes in grid.flat[len(evaluations) :]:
+        axes.set_visible(False)
+    for place, (axes, (arm, evaluation)) in enumerate(zip(grid.flat, evaluations.items())):
+        layer = evaluation.layers[-1]
+        share, names = _shares(evaluation, layer)
+        axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_title(arms[arm].label + (f", layer {layer}" if len(evaluation.layers) > 1 else ""), fontsize=7)
+        axes.set_xticks([])
+        axes.set_yticks(
+            range(len(names)), names if place % 2 == 0 else [""] * len(names), fontsize=4.5, family="DejaVu Sans Mono"
+        )
+        axes.tick_params(length=0)
+        axes.set_xlabel(f"{share.shape[1]} experts", fontsize=6.5)
+    figure.supylabel("most frequent tokens", fontsize=7)
+    figure.colorbar(
+        grid[0, 0].images[0], ax=grid, location="bottom", shrink=0.6, aspect=30, label="share of a token's assignments"
+    )
+    return figure
+
+
+def _shares(evaluation: Evaluation, layer: int) -> tuple[np.ndarray, list[str]]:
+    table = evaluation.sums[f"token_expert/{layer}"]
+    ids = [token for token in evaluation.names if table[token].sum() > 0][:MOST_TOKENS]
+    share = table[ids] / table[ids].sum(1, keepdims=True)
+    order = np.lexsort((-share.max(0), share.argmax(0)))  # by the token that they serve most
+    return share[:, order], [_visible(evaluation.names[token]) for token in ids]
+
+
+def _visible(text: str) -> str:
+    """Spaces and ends of lines as marks, and no more than fits."""
+    shown = "".join(each if each.isprintable() else "\\n" if each == "\n" else "·" for each in text.replace(" ", "␣"))
+    return shown.replace("$", r"\$")[:9]
+
+
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    figure.savefig(folder / f"explain_{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"explain_{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
