@@ -1,9 +1,9 @@
 """Checkpoints: new directories, complete or absent, and found to be damaged when they are.
 
 A checkpoint is checkpoints/<step>/ with model.safetensors, optimizer.safetensors, with early stopping also
-best.safetensors, of sparse models assigned.safetensors, with state.json, and a manifest of digests written last. Nothing
-else follows training: tables are buffers, and noise and order are functions of (seed, step), so there is no generator to
-save.
+best.safetensors, of sparse models assigned.safetensors, with state.json, and a manifest of digests written last.
+Nothing else follows training: tables are buffers, and noise and order are functions of (seed, step), so there is no
+generator to save.
 """
 
 import json

@@ -63,8 +63,8 @@ def evaluate(
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
-    the token that the target follows; for each sparse layer load/<layer> (E,) and token_expert/<layer> (V, E), how often
-    each token id went to each expert.
+    the token that the target follows; for each sparse layer load/<layer> (E,) and token_expert/<layer> (V, E), how
+    often each token id went to each expert.
     """
     device = model.embedding.device
     deciles = frequency_deciles(counts).numpy()
