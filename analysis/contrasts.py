@@ -54,8 +54,8 @@ def _weights(part: dict[str, Any], arms: list[str]) -> dict[str, float]:
     common = sorted(set.intersection(*(set(found) for found in places.values())))
     if len(common) < 2:
         return {}
-    base = part["along"].get("log")
-    slope = slope_weights(np.log(common) / np.log(base) if base else common)
+    of = part["along"].get("log")
+    slope = slope_weights(np.log(common) / np.log(of) if of else common)
     return {
         found[x]: w * s
         for name, found in places.items()

@@ -56,13 +56,13 @@ def inside(study: Study, folder: Path, pairs: dict[str, str]) -> pd.DataFrame:
     rows = []
     for run in counted:
         evaluation, who = found[run["id"]], {"arm": run["arm"], "seed": run["seed"]}
-        base = cells.get((pairs.get(run["arm"], ""), run["seed"]))
+        beside = cells.get((pairs.get(run["arm"], ""), run["seed"]))
         figures = [*deciles(evaluation), *settling(folder / run["id"])]
         for layer in evaluation.layers:
             table = evaluation.sums[f"token_expert/{layer}"]
             figures += [{"layer": layer} | row for row in (*loads(evaluation, layer), *choices(table))]
-            if base is not None and study.config["model"].get("sparse_in") != "encoder":
-                kinds = differences(evaluation, base, table)
+            if beside is not None and study.config["model"].get("sparse_in") != "encoder":
+                kinds = differences(evaluation, beside, table)
                 figures += [{"layer": layer} | row for row in kinds]
         rows += [{**who, "layer": -1, "place": 0} | row for row in figures]
     return pd.DataFrame(rows, columns=["quantity", "arm", "seed", "layer", "place", "value"])
@@ -105,9 +105,9 @@ def entropy(share: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def differences(evaluation: Evaluation, base: Evaluation, table: np.ndarray) -> Rows:
+def differences(evaluation: Evaluation, beside: Evaluation, table: np.ndarray) -> Rows:
     for kind, tokens in token_kinds(table, evaluation.sums["input_tokens"]).items():
-        yield {"quantity": f"difference_{kind}", "value": evaluation.ce(tokens) - base.ce(tokens)}
+        yield {"quantity": f"difference_{kind}", "value": evaluation.ce(tokens) - beside.ce(tokens)}
         share = evaluation.sums["input_tokens"][tokens].sum() / evaluation.sums["input_tokens"].sum()
         yield {"quantity": f"share_{kind}", "value": float(share)}
 
@@ -122,8 +122,8 @@ def token_kinds(table: np.ndarray, frequency: np.ndarray) -> dict[str, np.ndarra
     heavy = np.zeros(len(frequency), dtype=bool)
     heavy[order] = 10 * (np.cumsum(frequency[order]) - frequency[order]) < frequency.sum()
     main = table.argmax(1)
-    beside = np.isin(main, main[heavy]) & ~heavy
-    return {"heavy": heavy, "shared": beside, "apart": ~heavy & ~beside}
+    company = np.isin(main, main[heavy]) & ~heavy
+    return {"heavy": heavy, "shared": company, "apart": ~heavy & ~company}
 
 
 def settling(folder: Path) -> Rows:

@@ -1,4 +1,4 @@
-"""`python -m analysis.verdicts [SCALE]`: the twelve claims of Hash Layers, and what the runs at that scale say of each.
+"""`python -m analysis.verdicts [SCALE]`: the paper's twelve claims, and what the runs at that scale say of each.
 
 Claims and their contrasts are declared in claims.yaml. A claim's p is twice the smaller of two: that of its parts taken
 together (the largest, for all must hold) and that of the strongest speaking against it (times the number of parts).
