@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpora import SPLITS
 from data.records import digest_of, file_digest
+from data.splits import SPLITS
 
 SAVE_EVERY = 2000  # rows between two notes of how far the stream has come
 TIMEOUT = 10  # seconds for the hub's first answer: offline is known at once

@@ -16,9 +16,10 @@ import numpy as np
 import tokenizers
 import torch
 
-from data.corpora import SPLITS, Corpus, Document
+from data.corpora import Corpus, Document
 from data.prepare import Part, Prepared, prepare
 from data.records import digest_of, read_record, write_record
+from data.splits import SPLITS
 from data.tokenizer import Dictionary
 
 LONGEST_PERIOD = 100_000

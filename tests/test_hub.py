@@ -76,6 +76,17 @@ def test_every_set_has_three_splits_without_a_document_in_two(name, corpus_of):
         assert sum(map(len, begins.values())) == len(set().union(*begins.values()))
 
 
+@pytest.mark.parametrize("name", ["wikitext103", "bst"])
+def test_what_stands_in_the_files_of_two_splits_is_left_out_of_training(name, corpus_of):
+    corpus = corpus_of(name)
+    files = corpus.files["validation"]
+    again = corpus_of(name, files=corpus.files | {"train": "**/*.parquet", "validation": files})
+    texts = [
+        {split: [text(d).strip() for d in found] for split, found in documents(c).items()} for c in (corpus, again)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_articles_begin_at_their_titles_and_blank_lines_come_back(corpus_of):
     lamp, door, roof = corpus_of("wikitext103").documents("train")
     assert door.startswith(" = Door = \n \n Door is a word . \n = = Use = = \n") and roof.startswith(" = Roof = ")

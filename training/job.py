@@ -15,9 +15,9 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from data.corpora import SPLITS
 from data.dictionary_files import find_dictionary
 from data.mixed_batches import MixedSplit, open_split, training_batches
+from data.splits import SPLITS
 from training import checkpoint
 from training.build import open_data, source_length
 from training.folder import held, is_finished, write_atomically
