@@ -26,7 +26,7 @@ class Study(NamedTuple):
     # unreadable or one of COMPARABLE's), why, then what result.json holds, code and device.
     runs: pd.DataFrame
     counted: pd.DataFrame  # the rows of runs that enter means: the finished
-    curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, tokens, val/ce (nats per token)
+    curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, tokens, val/ce (nats per token), val/tokens
     config: dict  # of the first finished run
 
 
@@ -51,7 +51,8 @@ def read_study(name: str, folder: Path) -> Study:
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
     metrics = [read_metrics(folder / run).assign(arm=arm, seed=seed) for run, arm, seed in identity]
-    curves = pd.concat(metrics).loc[:, ["arm", "seed", "tokens", "val/ce"]].dropna()
+    curves = pd.concat(metrics).reindex(columns=["arm", "seed", "tokens", "val/ce", "val/tokens"])
+    curves = curves.dropna(subset="val/ce")
     config = yaml.safe_load((folder / counted["id"].iloc[0] / "config.yaml").read_text())
     return Study(name, record["scale"], shlex.join(record["command"]), runs, counted, curves, config)
 

@@ -1,12 +1,13 @@
 """A study as a table: one row an arm, and what stands above and under it."""
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from analysis.runs import Study
 from analysis.statistics import mean_and_deviation, paired_difference
 
-TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share")
+TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share", "priced_share")
 LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
 
 
@@ -82,6 +83,11 @@ def by_text(frame: pd.DataFrame, form: str) -> str:
     return tabulate(cells, headers, form, colalign=("left", *["right"] * 4), disable_numparse=True)
 
 
+def _most(frame: pd.DataFrame, column: str) -> float:
+    """The largest value; nan if there is none."""
+    return float(np.nanmax(frame[column].to_numpy(float))) if column in frame else np.nan
+
+
 def _unknown(frame: pd.DataFrame) -> float:
     """The largest share of unknown words in the test tokens."""
     return max(
@@ -138,10 +144,11 @@ def header(study: Study, style: dict) -> str:
 def notes(study: Study, frame: pd.DataFrame) -> str:
     """What the columns are, what is not separated, and every run that is in no mean."""
     reference = frame.loc[frame["reference"], "label"].item()
+    when = "of the best validation's weights" if _most(study.counted, "best_step") >= 0 else "after the last step"
     lines = [
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
-        "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
+        f"perplexity: exp(cross-entropy per token) {when}; mean ± standard deviation over n runs (seeds)",
         "difference: of test cross-entropy, in nats (natural log) per token; mean over pairs of runs of one seed;",
         f"  below 0 is better than {reference}; the interval is that of a paired t-test, one method at a time",
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
@@ -151,11 +158,16 @@ def notes(study: Study, frame: pd.DataFrame) -> str:
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
         )
+    if (share := np.min(frame["test_priced_share"].to_numpy())) < 0.99:
+        lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
     if (share := _unknown(frame)) > 0:
         lines.append(
             f"§ of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per byte and word"
         )
         lines.append("  perplexity can be compared with no other dictionary's")
+    read, whole = (_most(part, "val/tokens") for part in (study.curves, study.counted))
+    if read < whole:
+        lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     if frame["label"].str.endswith(LEAKS).any():
         lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
     compared = frame.loc[~frame["reference"] & (frame["difference_pairs"] > 0)].to_dict("records")

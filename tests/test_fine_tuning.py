@@ -133,7 +133,8 @@ def test_the_id_covers_the_start_and_with_patience_how_often_is_validated(tiny, 
     assert folder_of(*tiny, "train.patience=2") != plain
     often = folder_of(*tiny, "train.patience=2", "record.evaluate_every=1")
     assert folder_of(*tiny, "train.patience=2") != often
-    assert folder_of(*tiny, "record.evaluate_every=1") == plain
+    assert folder_of(*tiny, "record.evaluate_every=1") == folder_of(*tiny, "record.validation_windows=3") == plain
+    assert folder_of(*tiny, "train.patience=2", "record.validation_windows=3") != folder_of(*tiny, "train.patience=2")
     assert folder_of(*tiny, "train.update=sparse") != plain
 
 

@@ -74,6 +74,7 @@ class TrainSettings:
 class RecordSettings:
     log_every: Count
     evaluate_every: Count
+    validation_windows: Annotated[int | None, within(1)]
     checkpoint_every: Annotated[int, within(0)]
     keep_weights: bool
     keep_optimizer: bool
@@ -122,6 +123,8 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     content["train"].pop("epochs")  # steps follow from it
     if settings.train.patience is not None:  # validations decide when to stop
         content["train"]["evaluate_every"] = settings.record.evaluate_every
+        if settings.record.validation_windows is not None:
+            content["train"]["validation_windows"] = settings.record.validation_windows
     windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
     if content["model"]["encoder_layers"]:
         windows["source_length"] = content["data"]["source_length"]
