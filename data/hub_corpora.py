@@ -9,7 +9,7 @@ from typing import Any
 from data import comment_trees
 from data.corpora import Document, compiled, join_lines
 from data.dialogue import Form, Turn, alternate, key_of
-from data.hub import Source
+from data.hub import HubFiles
 from data.records import digest_of, file_digest
 from data.splits import Division, shares_to_draw
 
@@ -20,7 +20,7 @@ class HubText:
 
     A new document begins at each row that the regular expression `document_start` matches, or after each row that is
     blank if `blank_row_ends` is set; with neither, each row is one. An empty row stands for the text `empty_row`.
-    The rest: see data/hub.py:Source. A split without files is a share of training, drawn by a hash.
+    The rest: see data/hub.py:HubFiles. A split without files is a share of training, drawn by a hash.
     """
 
     repository: str
@@ -40,7 +40,7 @@ class HubText:
         if self.starts and self.blank_row_ends:
             raise ValueError("data.corpus.document_start and blank_row_ends exclude each other; got both")
         columns, cache = [self.text_field], Path(self.cache)
-        self.source = Source(self.repository, self.revision, dict(self.files), columns, self.characters, cache)
+        self.source = HubFiles(self.repository, self.revision, dict(self.files), columns, self.characters, cache)
         self.shares = shares_to_draw(self.validation_share, self.test_share, self.files.get)
         self.division = Division(self.shares, lambda split: map(str.strip, self._texts(split)))
 
@@ -71,7 +71,7 @@ class HubDialogues:
     """Dialogues of the hub, made documents by data/dialogue.py:Form; `format` names what a row holds (see FORMATS).
 
     A split without files is a share of training, drawn by a hash of the dialogue, or of what it shares with others:
-    its thread, its first turn. What only one speaker says is left out. The rest: see data/hub.py:Source.
+    its thread, its first turn. What only one speaker says is left out. The rest: see data/hub.py:HubFiles.
     """
 
     repository: str
@@ -91,7 +91,7 @@ class HubDialogues:
             raise ValueError(f"data.corpus.format must be one of {', '.join(FORMATS)}; got {self.format}")
         self.form = Form(self.responses, self.max_turns, self.mark)
         columns, self.dialogues_of = FORMATS[self.format]
-        self.source = Source(
+        self.source = HubFiles(
             self.repository, self.revision, dict(self.files), columns, self.characters, Path(self.cache)
         )
         self.shares = shares_to_draw(self.validation_share, self.test_share, self.files.get)

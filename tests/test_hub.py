@@ -13,7 +13,7 @@ import data.hub
 from data import comment_trees
 from data.corpora import SPLITS
 from data.dialogue import Form
-from data.hub import Source
+from data.hub import HubFiles
 from data.prepare import prepare
 from data.tokenizer import Bytes
 from training.preflight import read
@@ -165,6 +165,21 @@ def test_a_killed_copy_goes_on_and_its_torn_end_is_cut_off(corpus_of, monkeypatc
     assert list(corpus.documents("train")) == whole
 
 
+def test_of_a_branch_the_commit_is_named_and_noted_and_of_a_pin_nothing(corpus_of, hub, tmp_path, capsys, monkeypatch):
+    corpus = corpus_of("bst", revision="refs/convert/parquet")
+    stream = corpus.source._stream
+    monkeypatch.setattr(HubFiles, "_commit", lambda self: "c" * 40)
+    monkeypatch.setattr(HubFiles, "_stream", lambda self, split, commit: stream(split, ""))
+    list(corpus.documents("test"))
+    assert f"refs/convert/parquet is a branch; the same rows elsewhere: data.corpus.revision={'c' * 40}\n" in (
+        capsys.readouterr().out
+    )
+    [note] = tmp_path.glob("hub/*/test.json")
+    assert json.loads(note.read_text())["commit"] == "c" * 40
+    list(corpus_of("bst", revision="c" * 40).documents("test"))
+    assert "is a branch" not in capsys.readouterr().out
+
+
 def test_a_damaged_copy_is_made_again(corpus_of, tmp_path, capsys):
     corpus = corpus_of("bst")
     before = documents(corpus)
@@ -195,7 +210,7 @@ def test_the_digest_names_what_was_asked_for_and_of_a_folder_its_files(corpus_of
             "columns": ["text"],
             "characters": None,
         }
-        return Source(**options | {"folder": tmp_path} | changes).digest()
+        return HubFiles(**options | {"folder": tmp_path} | changes).digest()
 
     changes = [{"repository": "org/other"}, {"revision": "0" * 40}, {"columns": ["body"]}, {"characters": 5}]
     changes += [{"files": {"train": "a/*.parquet", "validation": "b", "test": None}}, {"repository": str(hub / "bst")}]

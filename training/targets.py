@@ -75,7 +75,8 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
-    text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
+    said, cause = str(error), str(error.__cause__ or "")
+    text = (said if cause in said else f"{said}\n{cause}").split("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     noise = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
