@@ -58,6 +58,7 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     settings = {run: flat(config) for run, config in configs.items() if config}
     for key in differing(settings):
         runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
+    runs["curve_tokens"] = study.curves["val/tokens"].max()  # of validations during training, which may read a part
     pairs = references(described(runs["arm"], style), asked)
     waited = seconds_to_reference(study, pairs)
     runs["seconds_to_reference"] = [waited.get(run, np.nan) for run in runs["id"]]

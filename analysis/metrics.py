@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-CURVE = ["step", "tokens", "seconds", "val/ce"]  # seconds of training
+CURVE = ["step", "tokens", "seconds", "val/ce", "val/tokens"]  # seconds of training; validation tokens that were read
 VALIDATION = '"val/ce"'
 STEP = re.compile(r'^\{"step": (\d+),.*\}$', re.MULTILINE)
 

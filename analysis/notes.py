@@ -38,11 +38,12 @@ def several(counts: list[float]) -> str:
     return human(counts[0]) if len(counts) == 1 else f"{human(counts[0])} to {human(counts[-1])}"
 
 
-def columns(frame: pd.DataFrame) -> list[str]:
+def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     """What the columns are."""
-    reference = reference_of(frame)
+    reference, early = reference_of(frame), "best_step" in runs and runs["best_step"].notna().to_numpy().any()
+    when = "of the best validation's weights" if early else "after the last step"
     lines = [
-        "perplexity: exp(cross-entropy per token) after the last step; mean ± standard deviation over n runs (seeds)",
+        f"perplexity: exp(cross-entropy per token) {when}; mean ± standard deviation over n runs (seeds)",
         f"difference: of test cross-entropy, in nats (natural log) per token; below 0 is better than {reference};",
         "  from the model arm + seed over the whole table; the intervals (Dunnett's) hold for all arms at once",
         "below unigram: nats by which validation cross-entropy is under that of guessing by token frequency alone",
@@ -55,6 +56,11 @@ def columns(frame: pd.DataFrame) -> list[str]:
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
         )
+    if (share := frame["test_priced_share"].min()) < 0.99:
+        lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
+    read, whole = runs["curve_tokens"].max(), runs["val/tokens"].max()
+    if read < whole:
+        lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     return lines
 
 

@@ -43,7 +43,9 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     fair = frame.loc[~tables.leaky(frame), "arm"]  # an oracle has nothing to continue with
     ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
     best = shlex.quote(str(runs / ranked["id"].iloc[0]))
-    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": name}
+    command = shlex.split(study.command)
+    words = [word for word in command[command.index("-m") + 1 :] if not word.startswith("scale=")]
+    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": shlex.join(words)}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
 
@@ -77,7 +79,7 @@ def small_tables(frame: pd.DataFrame, papers: list[dict[str, Any]], form: str, b
 
 
 def notes_of(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict, papers: list, brief=False) -> str:
-    lines = notes.columns(frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
+    lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
     lines += [line for line in runs["tuning"].iloc[0].split("\n") if line]

@@ -10,7 +10,7 @@ from analysis.arms import described, references
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
 
-TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share")
+TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share", "priced_share")
 LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
 UNKNOWN = (
     "difference_mean",

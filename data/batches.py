@@ -127,6 +127,10 @@ class Split:
         """Positions of an epoch that are not padding."""
         return int((self.stops - self.starts - 1)[: self.full].sum())
 
+    def spread(self, windows: int) -> Tensor:
+        """The numbers of so many windows at even distances, or of all if there are no more."""
+        return torch.arange(min(windows, len(self))) * len(self) // min(windows, len(self))
+
     def __len__(self) -> int:
         """Windows in evaluation, those with padding included."""
         return len(self.starts)
@@ -168,11 +172,12 @@ class TrainingBatches:
         return int(self.permutation(place // self.split.full)[place % self.split.full])
 
 
-def evaluation_batches(split: Any, batch_size: int) -> Iterator[Batch]:
-    """The whole split in order, in batches of batch_size windows; the last batch is filled with padding.
+def evaluation_batches(split: Any, batch_size: int, windows: int | None = None) -> Iterator[Batch]:
+    """The split in order, in batches of batch_size windows; the last batch is filled with padding.
 
-    split: a Split, or what is like it.
+    split: a Split, or what is like it. windows: only so many of it, always the same; None: all.
     """
-    for first in range(0, len(split), batch_size):
-        numbers = torch.arange(first, first + batch_size)
-        yield split.windows(numbers, mix(numbers))
+    chosen = torch.arange(len(split)) if windows is None else split.spread(windows)
+    numbers = torch.cat([chosen, len(split) + torch.arange(-len(chosen) % batch_size)])
+    for part in numbers.split(batch_size):
+        yield split.windows(part, mix(part))

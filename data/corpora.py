@@ -2,7 +2,6 @@
 
 import glob
 import gzip
-import hashlib
 import json
 import lzma
 import os
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from data.records import digest_of, file_digest
-
-SPLITS = ("train", "validation", "test")
+from data.splits import SPLITS, Division, checked_shares, draw_split, hash_of, shares_to_draw
 
 
 class Segment(NamedTuple):
@@ -48,7 +46,8 @@ def segments(document: Document) -> tuple[Segment, ...]:
 
 @dataclass
 class StandardLibrary:
-    """The source text of the running Python's own standard library. A file is one document, in one split."""
+    """The source text of the running Python's own standard library. A file is one document, in one split; equal files
+    are in that of the first."""
 
     validation_share: float
     test_share: float
@@ -70,9 +69,11 @@ class StandardLibrary:
         return digest_of([self.shares, [(name, file_digest(self.root / name)) for name in self.files]])
 
     def documents(self, split: str) -> Iterator[str]:
+        splits: dict[int, str] = {}
         for name in self.files:
-            if draw_split(name, self.shares) == split:
-                yield (self.root / name).read_bytes().decode()
+            text = (self.root / name).read_bytes().decode()
+            if splits.setdefault(hash_of(text.strip()), draw_split(name, self.shares)) == split:
+                yield text
 
     def _walk(self, folder: str) -> Iterator[str]:
         for entry in os.scandir(self.root / folder):
@@ -87,9 +88,10 @@ class TextFiles:
 
     A plain file is one document; with the regular expression `document_start`, one begins at each line it matches.
     A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash of
-    the text, so that a text which comes twice is in one split. validation_more, test_more: besides, so many titles of
-    the training files, those with the lowest hashes. A document's title is its first line that is not blank; documents
-    of one title stay together. Raises ValueError for what cannot be read or drawn.
+    the text; validation_more, test_more: besides, so many titles of the training files, those with the lowest hashes.
+    A document's title is its first line that is not blank. What stands in the files of two splits is left out of one
+    (see Division): equal texts or, with validation_more or test_more, documents of one title.
+    Raises ValueError for what cannot be read or drawn.
     """
 
     files: str | Iterable[str]
@@ -107,30 +109,28 @@ class TextFiles:
             named = f"validation_more={self.validation_more} and test_more={self.test_more}"
             raise ValueError(f"data.corpus.{named} must not be negative")
         self.paths = split_paths(self.files, self.validation_files, self.test_files)
-        self.shares = drawn_shares(self.paths, self.validation_share, self.test_share)
+        self.shares = shares_to_draw(self.validation_share, self.test_share, self.paths.get)
         self.starts = compiled(document_start=self.document_start)
+        self.division = Division(self.shares, lambda split: map(self._key, self._texts(split)))
 
     def digest(self) -> str:
         more = [self.validation_more, self.test_more]
         return digest_of([self.shares, more, self.document_start, self.text_field, paths_digest(self.paths)])
 
     def documents(self, split: str) -> Iterator[str]:
-        if split != "train":
-            for path in self.paths[split]:
-                yield from self._read(path)
-            if self.paths[split] and split not in self.drawn.values():
-                return
-        for text in self._training_files():
-            if (self.drawn.get(_title(text)) or draw_split(text, self.shares)) == split:
-                yield text
+        only_own = self.paths[split] and split not in self.drawn.values()
+        for part in dict.fromkeys([split] if only_own else [split, "train"]):
+            for text in self._texts(part):
+                if self._split_of(text, part) == split:
+                    yield text
 
     @cached_property
     def drawn(self) -> dict[int, str]:
         """Title's hash -> the held-out split that its documents of the training files go to."""
         wanted, lowest = self.validation_more + self.test_more, set()
-        for text in self._training_files() if wanted else ():
-            if text and not text.isspace():
-                lowest.add(_title(text))
+        for text in self._texts("train") if wanted else ():
+            if text and not text.isspace() and (title := hash_of(self._key(text))) not in self.division.held_out:
+                lowest.add(title)
             if len(lowest) > 2 * wanted + 1000:  # however long the corpus is
                 lowest = set(nsmallest(wanted, lowest))
         if len(lowest) < wanted:
@@ -139,8 +139,18 @@ class TextFiles:
         splits = ["validation"] * self.validation_more + ["test"] * self.test_more
         return dict(zip(sorted(lowest), splits))
 
-    def _training_files(self) -> Iterator[str]:
-        return (text for path in self.paths["train"] for text in self._read(path))
+    def _split_of(self, text: str, part: str) -> str | None:
+        key = self._key(text)
+        drawn = self.drawn.get(hash_of(key)) if part == "train" else None
+        return drawn or self.division.split_of(key, part)
+
+    def _key(self, text: str) -> str:
+        """What decides the split of a text: its title, or all of it."""
+        text = text.strip()
+        return text.partition("\n")[0].strip() if self.validation_more + self.test_more else text
+
+    def _texts(self, part: str) -> Iterator[str]:
+        return (text for path in self.paths[part] for text in self._read(path))
 
     def _read(self, path: Path) -> Iterator[str]:
         if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
@@ -216,31 +226,3 @@ def find_files(globs: str | Iterable[str] | None) -> list[Path]:
     # Part 9 before part 10; what numbers do not order (a1, a01) stays in the order of the text.
     parts = {name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)] for name in sorted(found)}
     return [Path(name) for name in sorted(parts, key=parts.__getitem__)]
-
-
-def checked_shares(validation: float, test: float) -> tuple[float, float]:
-    if not (validation >= 0 and test >= 0 and validation + test < 1):
-        named = f"validation_share={validation} and test_share={test}"
-        raise ValueError(f"{named} must be at least 0 and leave something to train on")
-    return float(validation), float(test)
-
-
-def drawn_shares(paths: dict[str, list[Path]], validation: float, test: float) -> tuple[float, float]:
-    """The shares to draw from training: none for a split that has files of its own."""
-    validation, test = checked_shares(validation, test)
-    return 0.0 if paths["validation"] else validation, 0.0 if paths["test"] else test
-
-
-def _title(text: str) -> int:
-    """The hash of its first line that is not blank."""
-    return _hash(text.lstrip().partition("\n")[0].strip())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
-def draw_split(text: str, shares: tuple[float, float]) -> str:
-    """The split that a text goes to, by its hash alone."""
-    uniform = _hash(text) / 2**64 if any(shares) else 1.0
-    return "validation" if uniform < shares[0] else "test" if uniform < sum(shares) else "train"

@@ -3,21 +3,14 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.corpora import (
-    Document,
-    Segment,
-    draw_split,
-    drawn_shares,
-    find_files,
-    paths_digest,
-    read_lines,
-    split_paths,
-)
+from data.corpora import Document, Segment, find_files, paths_digest, read_lines, split_paths
 from data.records import digest_of
+from data.splits import Division, hash_of, shares_to_draw
 
 RESPONSES = ("last", "others", "all")
 
@@ -82,7 +75,8 @@ class Dialogues:
     format, of a file: "turns": each line a JSON object with "turns", lists that begin with the speaker and end with the
     text; "eou": each line a dialogue of two, whose turns end with __eou__; "utterances": a JSON list of objects with
     "dialogue", the utterances of two, and "response", the last one. A share is drawn by a hash of the whole dialogue,
-    before it is cut, from the files of `draw_from` alone if that is given: of equal dialogues all are in one split.
+    before it is cut, from the files of `draw_from` alone if that is given. What stands in the files of two splits is
+    left out of one (see Division), what is drawn for one also of the training files that are not drawn from.
     What only one speaker says is left out. ValueError with file and line for what is damaged, no UTF-8 or no dialogue.
     """
 
@@ -102,25 +96,38 @@ class Dialogues:
             raise ValueError(f"data.corpus.format must be one of {', '.join(READERS)}; got {self.format}")
         self.form = Form(self.responses, self.max_turns, self.mark)
         self.paths = split_paths(self.files, self.validation_files, self.test_files)
-        self.shares = drawn_shares(self.paths, self.validation_share, self.test_share)
-        self.drawn = self.paths["train"] if self.draw_from is None else find_files(self.draw_from)
-        if strange := set(self.drawn) - set(self.paths["train"]):
+        self.shares = shares_to_draw(self.validation_share, self.test_share, self.paths.get)
+        self.division = Division(self.shares, lambda split: map(key_of, self._dialogues(self.paths[split])))
+        self.drawn_from = self.paths["train"] if self.draw_from is None else find_files(self.draw_from)
+        if strange := set(self.drawn_from) - set(self.paths["train"]):
             raise ValueError(f"data.corpus.draw_from must name training files alone; got {min(strange)}")
 
     def digest(self) -> str:
-        drawn = [self.paths["train"].index(path) for path in self.drawn]
+        drawn = [self.paths["train"].index(path) for path in self.drawn_from]
         options = [self.format, self.responses, self.max_turns, self.mark]
         return digest_of([self.shares, drawn, options, paths_digest(self.paths)])
 
     def documents(self, split: str) -> Iterator[Document]:
-        own_files = self.paths[split] if split != "train" else []
-        for path in own_files or self.paths["train"]:
+        part = split if self.paths[split] else "train"
+        for path in self.paths[part]:
             for turns in self._read(path):
-                if own_files or self._split_of(turns, path) == split:
+                if self._split_of(turns, path, part) == split:
                     yield from self.form.documents(turns)
 
-    def _split_of(self, turns: list[Turn], path: Path) -> str:
-        return draw_split(json.dumps(turns), self.shares) if any(self.shares) and path in self.drawn else "train"
+    def _split_of(self, turns: list[Turn], path: Path, part: str) -> str | None:
+        key = key_of(turns)
+        split = self.division.split_of(key, part)
+        if part == "train" and split != "train" and path not in self.drawn_from:
+            return None if hash_of(key) in self._drawn else split and "train"
+        return split
+
+    @cached_property
+    def _drawn(self) -> set[int]:
+        """Hashes of the dialogues that shares are drawn from."""
+        return {hash_of(key_of(turns)) for turns in self._dialogues(self.drawn_from)}
+
+    def _dialogues(self, paths: list[Path]) -> Iterator[list[Turn]]:
+        return (turns for path in paths for turns in self._read(path))
 
     def _read(self, path: Path) -> Iterator[list[Turn]]:
         """The dialogues of a file, each checked."""
@@ -141,6 +148,11 @@ class Dialogues:
 def _join(said: list[Turn]) -> Turn:
     text = " ".join(word for turn in said for word in turn.text.split())
     return Turn(said[0].speaker, text, all(turn.again for turn in said))
+
+
+def key_of(turns: Iterable[Turn]) -> str:
+    """Equal for dialogues of the same words in the same turns, whoever speaks."""
+    return "\n".join(" ".join(turn.text.split()) for turn in turns)
 
 
 def alternate(utterances: Iterable[Any]) -> list[Turn]:

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpora import SPLITS
 from data.records import digest_of, file_digest
+from data.splits import SPLITS
 
 SAVE_EVERY = 2000  # rows between two notes of how far the stream has come
 TIMEOUT = 10  # seconds for the hub's first answer: offline is known at once
 
 
 @dataclass
-class Source:
+class HubFiles:
     """Files of one repository, their columns, and how much of them. Nothing of a repository is ever executed.
 
     repository: a data set's name on the hub, or a folder with the same files (a snapshot made by other means).
@@ -77,6 +77,8 @@ class Source:
         if {key: state.get(key) for key in versions} != versions:
             state = {**versions, "stream": None, "bytes": 0, "rows": 0, "characters": 0}
         print(f"copying the {split} rows of {self.repository} to {path}, from row {state['rows']:,} on")
+        if versions["commit"] not in ("", self.revision):
+            print(f"{self.revision} is a branch; the same rows elsewhere: data.corpus.revision={versions['commit']}")
         stream = self._stream(split, versions["commit"])
         if state["stream"] is not None:
             stream.load_state_dict(state["stream"])

@@ -1,6 +1,5 @@
 """Corpora of the hub: rows become plain documents or dialogues, and splits are drawn where a set has none."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -8,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data import comment_trees
-from data.corpora import Document, checked_shares, compiled, draw_split, join_lines
-from data.dialogue import Form, Turn, alternate
-from data.hub import Source
+from data.corpora import Document, compiled, join_lines
+from data.dialogue import Form, Turn, alternate, key_of
+from data.hub import HubFiles
 from data.records import digest_of, file_digest
+from data.splits import Division, shares_to_draw
 
 
 @dataclass
@@ -20,7 +20,7 @@ class HubText:
 
     A new document begins at each row that the regular expression `document_start` matches, or after each row that is
     blank if `blank_row_ends` is set; with neither, each row is one. An empty row stands for the text `empty_row`.
-    The rest: see data/hub.py:Source. A split without files is a share of training, drawn by a hash.
+    The rest: see data/hub.py:HubFiles. A split without files is a share of training, drawn by a hash.
     """
 
     repository: str
@@ -40,8 +40,9 @@ class HubText:
         if self.starts and self.blank_row_ends:
             raise ValueError("data.corpus.document_start and blank_row_ends exclude each other; got both")
         columns, cache = [self.text_field], Path(self.cache)
-        self.source = Source(self.repository, self.revision, dict(self.files), columns, self.characters, cache)
-        self.shares = _shares_to_draw(self.files, self.validation_share, self.test_share)
+        self.source = HubFiles(self.repository, self.revision, dict(self.files), columns, self.characters, cache)
+        self.shares = shares_to_draw(self.validation_share, self.test_share, self.files.get)
+        self.division = Division(self.shares, lambda split: map(str.strip, self._texts(split)))
 
     def digest(self) -> str:
         options = [self.document_start, self.blank_row_ends, self.empty_row, self.shares]
@@ -50,10 +51,12 @@ class HubText:
     def documents(self, split: str) -> Iterator[Document]:
         part = split if self.files[split] else "train"
         for text in self._texts(part):
-            if text.strip() and (part != "train" or draw_split(text, self.shares) == split):
+            if text.strip() and self.division.split_of(text.strip(), part) == split:
                 yield text
 
     def _texts(self, part: str) -> Iterator[str]:
+        if not self.files[part]:
+            return
         texts = (row[self.text_field] or self.empty_row for row in self.source.rows(part))
         if self.blank_row_ends:
             yield from ("".join(rows) for blank, rows in groupby(texts, key=str.isspace) if not blank)
@@ -68,7 +71,7 @@ class HubDialogues:
     """Dialogues of the hub, made documents by data/dialogue.py:Form; `format` names what a row holds (see FORMATS).
 
     A split without files is a share of training, drawn by a hash of the dialogue, or of what it shares with others:
-    its thread, its first turn. What only one speaker says is left out. The rest: see data/hub.py:Source.
+    its thread, its first turn. What only one speaker says is left out. The rest: see data/hub.py:HubFiles.
     """
 
     repository: str
@@ -88,10 +91,11 @@ class HubDialogues:
             raise ValueError(f"data.corpus.format must be one of {', '.join(FORMATS)}; got {self.format}")
         self.form = Form(self.responses, self.max_turns, self.mark)
         columns, self.dialogues_of = FORMATS[self.format]
-        self.source = Source(
+        self.source = HubFiles(
             self.repository, self.revision, dict(self.files), columns, self.characters, Path(self.cache)
         )
-        self.shares = _shares_to_draw(self.files, self.validation_share, self.test_share)
+        self.shares = shares_to_draw(self.validation_share, self.test_share, self.files.get)
+        self.division = Division(self.shares, lambda split: (key for key, _ in self._dialogues(split)))
 
     def digest(self) -> str:
         code = [file_digest(Path(__file__).with_name(name)) for name in ("dialogue.py", "comment_trees.py")]
@@ -100,14 +104,12 @@ class HubDialogues:
 
     def documents(self, split: str) -> Iterator[Document]:
         part = split if self.files[split] else "train"
-        for key, turns in self.dialogues_of(lambda: self.source.rows(part)):
-            if part != "train" or draw_split(key, self.shares) == split:
+        for key, turns in self._dialogues(part):
+            if self.division.split_of(key, part) == split:
                 yield from self.form.documents(turn for turn in turns if turn.text.strip())
 
-
-def _shares_to_draw(files: dict[str, Any], validation: float, test: float) -> tuple[float, float]:
-    validation, test = checked_shares(validation, test)
-    return 0.0 if files["validation"] else validation, 0.0 if files["test"] else test
+    def _dialogues(self, part: str) -> "Dialogues":
+        return self.dialogues_of(lambda: self.source.rows(part)) if self.files[part] else iter(())
 
 
 Rows = Callable[[], Iterable[dict]]
@@ -120,7 +122,7 @@ def _each(turns_of: Callable[[dict], list[Turn]]) -> Callable[[Rows], Dialogues]
     def dialogues(rows: Rows) -> Dialogues:
         for row in rows():
             turns = turns_of(row)
-            yield json.dumps(turns), turns
+            yield key_of(turns), turns
 
     return dialogues
 
@@ -142,9 +144,9 @@ def _persona(row: dict) -> list[Turn]:
 
 def _empathetic(rows: Rows) -> Dialogues:
     """An utterance a row; those of a conversation stand together, in order, with _comma_ for a comma."""
-    for conversation, said in groupby(rows(), key=lambda row: row["conv_id"]):
+    for _, said in groupby(rows(), key=lambda row: row["conv_id"]):
         turns = [Turn(str(row["speaker_idx"]), row["utterance"].replace("_comma_", ",")) for row in said]
-        yield conversation, turns
+        yield key_of(turns), turns
 
 
 def _knowledge(rows: Rows) -> Dialogues:

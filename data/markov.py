@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.corpora import SPLITS, digest_of
 from data.randomness import generator
+from data.records import digest_of
+from data.splits import SPLITS
 
 
 @dataclass

@@ -47,6 +47,11 @@ class MixedSplit:
         each = windows / sum(self.shares)
         return {n: each * share / part.full for n, share, part in zip(self.documents, self.shares, self.parts)}
 
+    def spread(self, windows: int) -> Tensor:
+        """As Split.spread, of each corpus as large a share, and one window at least."""
+        shares = [-(-windows * len(part) // len(self)) for part in self.parts]
+        return torch.cat([start + part.spread(n) for start, part, n in zip(self.first.tolist(), self.parts, shares)])
+
     def __len__(self) -> int:
         return int(self.first[-1])
 

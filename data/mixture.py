@@ -16,9 +16,11 @@ import numpy as np
 import tokenizers
 import torch
 
-from data.corpora import SPLITS, Corpus, Document
+from data.corpora import Corpus, Document, segments
 from data.prepare import NotPrepared, Part, Prepared, prepare
 from data.records import digest_of, read_record, write_record
+from data.shards import token_counts
+from data.splits import SPLITS
 from data.tokenizer import Dictionary
 
 LONGEST_PERIOD = 100_000
@@ -139,14 +141,10 @@ def _one_dictionary(
             read_record(folder / "record.json")
         except (ValueError, OSError):
             say("preparing the mixture: making its dictionary")
-            texts = (text for document in mixture.documents("train") for text in _texts(document))
+            texts = (part.text for document in mixture.documents("train") for part in segments(document))
             (folder / "tokenizer.json").write_text(dictionary.make(texts).to_str())
             write_record(folder / "record.json", {}, ["tokenizer.json"])
     return dataclasses.replace(dictionary, file=str(folder / "tokenizer.json"))  # type: ignore[type-var]
-
-
-def _texts(document: Document) -> list[str]:
-    return [document] if isinstance(document, str) else [segment.text for segment in document]
 
 
 def _together(parts: list[Part], split: str, vocab_size: int) -> dict[str, Any]:
@@ -156,6 +154,6 @@ def _together(parts: list[Part], split: str, vocab_size: int) -> dict[str, Any]:
     counts = np.zeros(vocab_size, np.int64)
     for part in parts:
         tokens, mask = part.prepared.tokens[split], part.prepared.counted.get(split)
-        counts += np.bincount(tokens if mask is None else tokens[mask], minlength=vocab_size)
+        counts += token_counts(vocab_size, tokens, mask)
     share = counts[counts > 0] / counts.sum()
     return sums | {"unigram_entropy": float(-(share * np.log(share)).sum())}

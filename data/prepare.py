@@ -12,14 +12,15 @@ import numpy as np
 import tokenizers
 import torch
 
-from data.corpora import SPLITS, Corpus
+from data.corpora import Corpus
 from data.progress import Meter
 from data.records import digest_of, file_digest, read_record, write_record
 from data.shards import token_counts, write_split
+from data.splits import SPLITS
 from data.tokenizer import Dictionary, load_tokenizer
 
 # Together with those of the corpus and the dictionary: the code that decides what is prepared.
-CODE = ("corpora.py", "encoding.py", "prepare.py", "shards.py", "tokenizer.py")
+CODE = ("corpora.py", "encoding.py", "prepare.py", "shards.py", "splits.py", "tokenizer.py")
 
 
 class Prepared(NamedTuple):

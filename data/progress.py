@@ -31,14 +31,14 @@ class Meter:
         if self.bar:
             self.bar.stop()
 
-    def begin(self, what: str, total: int | None = None) -> None:
-        """The next part of the work, and its bytes if they are known."""
-        self.what, self.total, self.done, self.began = what, total, 0, time.monotonic()
+    def begin(self, what: str) -> None:
+        """The next part of the work; how many bytes it has nobody knows before the end."""
+        self.what, self.done, self.began = what, 0, time.monotonic()
         self.said = self.began
         if self.bar:
             if self.task is not None:
                 self.bar.remove_task(self.task)
-            self.task = self.bar.add_task(what, total=total)
+            self.task = self.bar.add_task(what, total=None)
 
     def add(self, size: int) -> None:
         """So many bytes more are done."""
@@ -48,9 +48,8 @@ class Meter:
             self.bar.advance(self.task, size)
         elif now - self.said >= EVERY:
             self.said = now
-            share = f" of {self.total / 1e6:,.0f}" if self.total else ""
             rate = self.done / 1e6 / (now - self.began)
-            self.say(f"preparing the corpus: {self.what}: {self.done / 1e6:,.0f}{share} MB, {rate:.1f} MB/s")
+            self.say(f"preparing the corpus: {self.what}: {self.done / 1e6:,.0f} MB, {rate:.1f} MB/s")
 
     def texts(self, documents: Iterable[Document]) -> Iterator[str]:
         """The text of the documents' segments, counted as it is read."""

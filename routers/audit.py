@@ -1,12 +1,13 @@
 """The audit of a corpus's tables as text for a reader: loads, collisions, and what tables have in common."""
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import combinations
 
 from tabulate import tabulate
 
-from data.mixed_batches import open_split
-from data.prepare import Prepared
+from data.batches import Batch
 from routers.features import Token
 from routers.hash import Lookup
 from routers.table_figures import (
@@ -28,12 +29,17 @@ from routers.tables import Keys, balance_bound, random_table
 SPLITS = {"training": "train", "validation": "validation"}
 
 
-def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert: bool, packing: str) -> str:
-    """name: of the arm; lookups: sparse layer -> its router; packing: as in Split. Routes the training and the
-    validation text, all of it."""
+def card(
+    name: str,
+    fingerprint: str,
+    lookups: dict[int, Lookup],
+    every_expert: bool,
+    batches_of: Callable[[str, int], Iterable[Batch]],
+) -> str:
+    """name: of the arm; fingerprint: of the data; lookups: sparse layer -> its router; batches_of: (split, windows in a
+    batch) -> the whole split. Routes the training and the validation text."""
     parts, router = parts_of(lookups), next(iter(lookups.values()))
-    length = router.site.sequence_length
-    seen = {text: route(parts, open_split(prepared, split, length, packing)) for text, split in SPLITS.items()}
+    seen = {text: route(parts, partial(batches_of, split)) for text, split in SPLITS.items()}
     texts = [f"{int(counted.tokens.sum()):,} {text} tokens" for text, counted in seen.items()]
     site, layers = router.site, ", ".join(map(str, lookups))
     which = f"table={router.name}" + (f" of {router.file}" if router.name == "file" else "")
@@ -41,7 +47,7 @@ def card(name: str, prepared: Prepared, lookups: dict[int, Lookup], every_expert
     head = [
         f"{name}: feature={router.feature_name} ({keys}), {which}, {site.num_experts} experts, seed {site.draws}",
         f"layers with a table: {layers} (sparse layers: {', '.join(map(str, site.sparse_layers))})",
-        f"text: {' and '.join(texts)} (data {prepared.fingerprint[:12]})",
+        f"text: {' and '.join(texts)} (data {fingerprint[:12]})",
     ]
     blocks = ["\n".join(head), loads(parts, seen)]
     if every_expert or max(part.sizes[0] for part in parts.values()) <= 64:

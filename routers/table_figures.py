@@ -4,13 +4,13 @@ E experts, K keys, k experts a key, V vocabulary
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.batches import Batch, Split, Tokens, evaluation_batches
-from data.mixed_batches import MixedSplit
+from data.batches import Batch, Tokens
 from routers.hash import Lookup
 from routers.routing import count
 
@@ -53,13 +53,13 @@ def parts_of(lookups: dict[int, Lookup]) -> dict[str, Part]:
 
 
 @torch.no_grad()
-def route(parts: dict[str, Part], split: Split | MixedSplit) -> Seen:
-    """Route the whole split. All parts look at one feature."""
+def route(parts: dict[str, Part], batches_of: Callable[[int], Iterable[Batch]]) -> Seen:
+    """Route a whole split, of which batches_of gives batches of so many windows. All parts look at one feature."""
     lookup = next(iter(parts.values())).lookup
     feature, experts = lookup.feature, lookup.site.num_experts
     tokens, keys = (torch.zeros(size, dtype=torch.int64) for size in (lookup.site.vocab_size, feature.size))
     loads = {name: torch.zeros(experts, dtype=torch.int64) for name in parts}
-    for batch in evaluation_batches(split, lookup.site.routing_group if lookup.uses_prediction else 64):
+    for batch in batches_of(lookup.site.routing_group if lookup.uses_prediction else 64):
         text = with_prediction(lookup, batch)
         real = text.real.reshape(-1).long()
         tokens += count(text.id.reshape(-1), len(tokens), real)
@@ -73,9 +73,9 @@ def route(parts: dict[str, Part], split: Split | MixedSplit) -> Seen:
 def with_prediction(lookup: Lookup, batch: Batch) -> Tokens:
     """The batch's tokens, with the baseline's prediction if the router reads it (as Transformer.prepare does)."""
     if not lookup.uses_prediction:
-        return batch.tokens
+        return batch.routed(lookup.site.in_encoder)
     assert lookup.site.baseline is not None
-    predicted = lookup.site.baseline(batch.tokens, document=batch.document).logits.argmax(-1)
+    predicted = lookup.site.baseline(batch.tokens, None, batch.document, batch.source).logits.argmax(-1)
     return batch.tokens._replace(predicted=predicted)
 
 

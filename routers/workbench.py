@@ -8,6 +8,7 @@ export --out FILE [--layer L]   writes layers.<layer>.tid2eid (V, k) of all tabl
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ from data.prepare import Prepared
 from routers.audit import card
 from routers.features import Token
 from routers.hash import Lookup
-from training.build import open_data, router_maker
+from training.build import open_data, router_maker, whole_split
 from training.checkpoint import CPU, load_baseline, require_same_data
 from training.compose import composed
 from training.preflight import read
@@ -67,7 +68,8 @@ def run(asked: argparse.Namespace) -> None:
     prepared, lookups = tables_of(settings, asked.layer, asked.command == "build")
     layer, lookup = next(iter(lookups.items()))
     if asked.command == "audit":
-        print(card(settings.arm, prepared, lookups, asked.all, settings.data.packing))
+        batches_of = partial(whole_split, settings, prepared)
+        print(card(settings.arm, prepared.fingerprint, lookups, asked.all, batches_of))
         return
     assert out is not None
     if asked.command == "build":

@@ -45,6 +45,18 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path):
     assert documents == [sum(t == END for t in stream[:i]) for i in range(46)]
 
 
+def test_a_part_of_a_split_is_evenly_spread_and_the_same_each_time(tmp_path):
+    split = Split(prepared_of([2 + i % 90 for i in range(1, 48)], tmp_path), "train", 5)  # 10 windows, the last short
+    whole = {int(b.tokens.key[row]): b.target[row] for b in evaluation_batches(split, 4) for row in range(4)}
+    assert split.spread(4).tolist() == [0, 2, 5, 7] and split.spread(99).tolist() == list(range(10))
+    part = list(evaluation_batches(split, 3, 4))
+    assert [bool(b.tokens.real[row].any()) for b in part for row in range(3)] == [True] * 4 + [False] * 2
+    for number, row in zip((0, 2, 5, 7), (row for b in part for row in b.target)):
+        assert any(torch.equal(row, target) for target in whole.values()) and row[0] == 2 + (5 * number + 2) % 90
+    again = list(evaluation_batches(split, 3, 4))
+    assert all(torch.equal(one.target, other.target) for one, other in zip(part, again))
+
+
 def test_a_loss_belongs_to_the_document_of_its_target(tmp_path):
     model = make_transformer()
     stream = [5, 6, END, 7, 8, 9, END, 10, END]

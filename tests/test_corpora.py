@@ -88,6 +88,39 @@ def test_a_text_that_comes_twice_is_in_one_split(tmp_path):
     assert sum(map(len, splits)) == len(set.union(*splits)) == 300
 
 
+def test_what_stands_in_the_files_of_two_splits_is_in_one(tmp_path):
+    """Test before validation before training, and what training files have is not drawn from them either."""
+    texts = {"train": ["a", "b", "c\n", "d", "a"], "validation": ["b", "e", "b"], "test": ["e\n", "c", "f"]}
+    lines = {split: "\n".join(json.dumps({"text": text}) for text in texts[split]) for split in SPLITS}
+    paths = {split: write(tmp_path / f"{split}.jsonl", lines[split]) for split in SPLITS}
+    corpus = text_files(paths["train"], validation_files=paths["validation"], test_files=paths["test"])
+    splits = {split: list(corpus.documents(split)) for split in SPLITS}
+    assert splits == {"train": ["a", "d", "a"], "validation": ["b", "b"], "test": ["e\n", "c", "f"]}
+    drawn = text_files(paths["train"], test_files=paths["test"], validation_share=0.999)
+    assert {text for split in SPLITS[:2] for text in drawn.documents(split)} == {"a", "b", "d"}
+
+
+def test_a_title_of_held_out_files_is_in_no_other_split_whatever_its_text(tmp_path):
+    train_files = articles(tmp_path, "train", ["Both", "Shared", *(f"T{number}" for number in range(40))])
+    validation = articles(tmp_path, "validation", ["Shared", "V", "Both"], "another text")
+    test = articles(tmp_path, "test", ["Both"], "a third text")
+    options = {"validation_files": validation, "test_files": test, "document_start": "^= [^=]"}
+    corpus = text_files(train_files, validation_more=30, test_more=9, **options)
+    titles = {split: [titled(text).strip("= ") for text in corpus.documents(split)] for split in SPLITS}
+    assert {split: len(found) for split, found in titles.items()} == {"train": 1, "validation": 32, "test": 10}
+    assert titles["validation"][:2] == ["Shared", "V"] and titles["test"][0] == "Both"
+    assert sorted(sum(titles.values(), [])) == sorted(["Both", "Shared", "V", *(f"T{number}" for number in range(40))])
+
+
+def test_equal_files_of_the_standard_library_are_in_one_split(tmp_path, monkeypatch):
+    for number in range(200):
+        write(tmp_path / f"{number}.py", f"text = {number % 20}\n" + "\n" * (number % 3))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    splits = [list(StandardLibrary(0.2, 0.2).documents(split)) for split in SPLITS]
+    assert sum(map(len, splits)) == 200 and min(map(len, splits)) > 0
+    assert sum(len({text.strip() for text in split}) for split in splits) == 20
+
+
 def articles(tmp_path, name: str, titles, body: str = "text") -> str:
     return write(tmp_path / f"{name}.txt", "".join(f"= {title} =\n\n{body} of {title}\n\n" for title in titles))
 

@@ -128,6 +128,26 @@ def test_shares_are_drawn_from_whole_dialogues_and_equal_ones_stay_together(tmp_
     assert abs(len(begins["validation"]) - 200) < 90 and abs(len(begins["test"]) - 100) < 70
 
 
+def test_a_dialogue_of_the_files_of_two_splits_is_in_one(tmp_path):
+    """Whoever is said to speak, and however it is spaced; one drawn for a split stays in no file not drawn from."""
+    same = [["A", "both"], ["B", "x"]], [["Ann", " both "], ["Bo", "x"]], [["C", "both"], ["D", "x"]]
+    files = [
+        write(tmp_path / f"{split}.jsonl", lines(talk, [["A", split], ["B", "x"]])) for split, talk in zip(SPLITS, same)
+    ]
+    corpus = dialogues(files[0], validation_files=files[1], test_files=files[2])
+    found = {split: [text(document).split()[1] for document in corpus.documents(split)] for split in SPLITS}
+    assert found == {"train": ["train"], "validation": ["validation"], "test": ["both", "test"]}
+    many = [[["A", f"question {number}"], ["B", "x"]] for number in range(200)]
+    copies = [write(tmp_path / f"{name}.jsonl", lines(*many, [["A", name], ["B", "x"]])) for name in ("one", "two")]
+    drawn = dialogues(copies, draw_from=copies[1], validation_share=0.3, test_share=0.2)
+    splits = [list(map(text, drawn.documents(split))) for split in SPLITS]
+    assert (
+        len(set.union(*map(set, splits))) == sum(len(set(split)) for split in splits) >= 201
+        and min(map(len, splits)) > 20
+    )
+    assert any("one" in document for document in splits[0])
+
+
 def test_shares_come_from_the_files_that_draw_from_names(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", lines(*([["A", f"{name} {number}"], ["B", "x"]] for number in range(100))))

@@ -1,5 +1,6 @@
 """The encoder-decoder: what each side reads, what neither may see, and that all else holds for it as for a decoder."""
 
+import functools
 import itertools
 import json
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from conftest import (
     make_site,
     make_transformer,
     model_of,
+    one_of_a_kind,
     router_of,
     shaken,
     some_batch,
@@ -43,6 +45,18 @@ from training.sample import sample
 
 CPU = torch.device("cpu")
 READS = {"plain text": 5, "dialogue": None}  # source_length
+
+
+BOTH_SIDES = list(itertools.product(READS, ("decoder", "encoder")))
+
+
+def by_halves(*first: tuple) -> list:
+    """Kinds and sides: these two, which have each kind and each side once, and the other two in the long form."""
+    return [pair if pair in first else pytest.param(*pair, marks=pytest.mark.long) for pair in BOTH_SIDES]
+
+
+ACROSS = ("plain text", "encoder"), ("dialogue", "decoder")
+ALONG = ("plain text", "decoder"), ("dialogue", "encoder")
 
 
 def row(*documents: str, length: int = LENGTH) -> tuple[list[int], list[int], list[bool], list[bool]]:
@@ -79,6 +93,9 @@ def random_batch(seed: object, rows: int = 4, length: int = LENGTH) -> Batch:
 def both(kind: str, **changes):
     """A model of two encoder and two decoder layers whose parameters show every error."""
     return shaken(make_transformer(encoder_layers=2, source_length=READS[kind], **changes))
+
+
+trained = functools.cache(both)  # a baseline, which nothing changes
 
 
 def run_model(model, batch: Batch):
@@ -133,14 +150,16 @@ def test_no_target_is_ever_visible_to_the_encoder(kind):
         assert torch.equal(read.tokens.id[first], changed.tokens.id[first])
 
 
-@pytest.mark.parametrize("side", ["decoder", "encoder"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", READS)
-def test_changing_a_target_and_what_follows_moves_no_earlier_logit(kind, masked, side):
+@pytest.mark.parametrize(
+    ("masked", "kind", "side"),
+    [pytest.param(m, *each, marks=[pytest.mark.long] * ((each in ACROSS) != m)) for m in (0, 1) for each in BOTH_SIDES],
+)
+def test_changing_a_target_and_what_follows_moves_no_earlier_logit(masked, kind, side):
+
     def hash_router(layer):
         return router_of("hash_balanced", make_site(layer=layer))
 
-    model = both(kind, make_router=hash_router, mask_documents=masked, sparse_layers=[0, 1], sparse_in=side)
+    model = both(kind, make_router=hash_router, mask_documents=bool(masked), sparse_layers=[0, 1], sparse_in=side)
     checked = 0
     for seed in range(3):
         batch = random_batch(seed)
@@ -226,8 +245,7 @@ def test_first_values_are_the_same_with_every_router(side):
 
 
 @pytest.mark.parametrize("changes", [{}, {"biases": True, "positions": "learned", "activation": "swiglu"}])
-@pytest.mark.parametrize("side", ["decoder", "encoder"])
-@pytest.mark.parametrize("kind", READS)
+@pytest.mark.parametrize(("kind", "side"), by_halves(*ALONG))
 @pytest.mark.parametrize("name", [None, "switch", "hash_multi", "base_inserted"])
 def test_counts_agree_with_numel_and_the_flop_counter(name, kind, side, changes):
     changes = changes | {"encoder_layers": 2, "source_length": READS[kind], "sparse_in": side}
@@ -310,14 +328,13 @@ def baselines(corpus, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("kind", READS)
-@pytest.mark.parametrize("side", ["decoder", "encoder"])
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_router_makes_a_step_on_either_side(name, side, kind):
+@pytest.mark.parametrize(("kind", "side"), by_halves(*ACROSS))
+@pytest.mark.parametrize("name", one_of_a_kind(ROUTERS))
+def test_every_router_makes_a_step_on_either_side(name, kind, side):
     """Its load is the side's real tokens, in the loss are the counted targets, and every gradient is finite."""
     if side == "encoder" and name == "hash_predicted":  # refused: see below
         return
-    model = model_of(name, encoder_layers=2, source_length=READS[kind], sparse_in=side, baseline=both(kind))
+    model = model_of(name, encoder_layers=2, source_length=READS[kind], sparse_in=side, baseline=trained(kind))
     read, plans = model.prepare(random_batch(0))
     output = model(read.tokens, plans, read.document, read.source)
     real = read.routed(side == "encoder").real.flatten()
@@ -374,19 +391,25 @@ def test_a_loaded_encoder_decoder_gives_its_figures_and_samples(tiny):
 
 
 @pytest.fixture
-def talk(tmp_path_factory, tiny) -> list[str]:
-    """Words of a run on made-up dialogues, some longer than a window."""
+def talk(talking, tiny) -> list[str]:
+    """Words of a run on these dialogues."""
+    kept = [word for word in tiny if not word.startswith("data")]
+    cache = next(word for word in tiny if word.startswith("data.cache"))
+    data = ["data=dialogue", f"data.corpus.files={talking}/*.jsonl", cache, "data.vocab_size=270"]
+    return [*data, *kept, "data.sequence_length=32", "data.corpus.validation_share=0.15", "data.corpus.test_share=0.15"]
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """Made-up dialogues, some longer than a window."""
     folder, draws = tmp_path_factory.mktemp("talk"), generator("talk")
     pick = lambda count: " ".join(f"w{int(i)}" for i in torch.randint(30, (count,), generator=draws))  # noqa: E731
     lines = []
-    for number in range(120):
+    for number in range(60):
         turns = [[speaker, pick(2 + number % 9)] for speaker in ("Ann", "Bo") * (1 + number % 4)]
         lines.append(json.dumps({"turns": turns}))
     (folder / "talk.jsonl").write_text("\n".join(lines))
-    kept = [word for word in tiny if not word.startswith("data")]
-    cache = next(word for word in tiny if word.startswith("data.cache"))
-    data = ["data=dialogue", f"data.corpus.files={folder}/*.jsonl", cache, "data.vocab_size=270"]
-    return [*data, *kept, "data.sequence_length=32", "data.corpus.validation_share=0.15", "data.corpus.test_share=0.15"]
+    return folder
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -461,7 +484,8 @@ def test_accumulation_over_micro_batches_changes_nothing(side, tiny):
 @pytest.mark.parametrize(("side", "kind"), [("decoder", "plain text"), ("encoder", "dialogue")])
 def test_a_training_step_is_one_graph(side, kind):
     torch.compiler.reset()
-    model = shaken(model_of("switch", encoder_layers=2, source_length=READS[kind], sparse_in=side))
+    small = {"num_layers": 1, "encoder_layers": 1, "sparse_layers": [0]}
+    model = shaken(model_of("switch", source_length=READS[kind], sparse_in=side, **small))
     batch, plans = model.prepare(random_batch(0))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):

@@ -109,10 +109,10 @@ def test_early_stopping_keeps_evaluates_and_reports_the_best_weights(tiny, monke
 def test_fine_tuning_with_early_stopping_goes_on_after_each_stop_as_if_there_was_none(name, tiny, first, tmp_path):
     chosen, start = first(name)
     words = [*tiny, *chosen, f"train.init_from={start}", "record.keep_optimizer=true", "train.lr=3"]
-    words += ["train.patience=3", "record.evaluate_every=1", "train.warmup_steps=10"]
+    words += ["train.patience=2", "record.evaluate_every=1", "train.warmup_steps=10"]
     assert run(compose_config(*words)) == FINISHED
     steps = result_of(folder_of(*words))["step"]
-    assert 3 <= steps < 12
+    assert 2 <= steps < 12
     equal_when_stopped(words, tmp_path, 1, steps)
 
 
@@ -133,7 +133,8 @@ def test_the_id_covers_the_start_and_with_patience_how_often_is_validated(tiny, 
     assert folder_of(*tiny, "train.patience=2") != plain
     often = folder_of(*tiny, "train.patience=2", "record.evaluate_every=1")
     assert folder_of(*tiny, "train.patience=2") != often
-    assert folder_of(*tiny, "record.evaluate_every=1") == plain
+    assert folder_of(*tiny, "record.evaluate_every=1") == folder_of(*tiny, "record.validation_windows=3") == plain
+    assert folder_of(*tiny, "train.patience=2", "record.validation_windows=3") != folder_of(*tiny, "train.patience=2")
     assert folder_of(*tiny, "train.update=sparse") != plain
 
 

@@ -13,7 +13,7 @@ import data.hub
 from data import comment_trees
 from data.corpora import SPLITS
 from data.dialogue import Form
-from data.hub import Source
+from data.hub import HubFiles
 from data.prepare import prepare
 from data.tokenizer import Bytes
 from training.preflight import read
@@ -74,6 +74,17 @@ def test_every_set_has_three_splits_without_a_document_in_two(name, corpus_of):
     if name in ("reddit", "wizard_of_wikipedia"):  # several dialogues that begin with the same turn
         begins = {split: {found_text.split("\n")[0] for found_text in found} for split, found in texts.items()}
         assert sum(map(len, begins.values())) == len(set().union(*begins.values()))
+
+
+@pytest.mark.parametrize("name", ["wikitext103", "bst"])
+def test_what_stands_in_the_files_of_two_splits_is_left_out_of_training(name, corpus_of):
+    corpus = corpus_of(name)
+    files = corpus.files["validation"]
+    again = corpus_of(name, files=corpus.files | {"train": "**/*.parquet", "validation": files})
+    texts = [
+        {split: [text(d).strip() for d in found] for split, found in documents(c).items()} for c in (corpus, again)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_articles_begin_at_their_titles_and_blank_lines_come_back(corpus_of):
@@ -154,6 +165,21 @@ def test_a_killed_copy_goes_on_and_its_torn_end_is_cut_off(corpus_of, monkeypatc
     assert list(corpus.documents("train")) == whole
 
 
+def test_of_a_branch_the_commit_is_named_and_noted_and_of_a_pin_nothing(corpus_of, hub, tmp_path, capsys, monkeypatch):
+    corpus = corpus_of("bst", revision="refs/convert/parquet")
+    stream = corpus.source._stream
+    monkeypatch.setattr(HubFiles, "_commit", lambda self: "c" * 40)
+    monkeypatch.setattr(HubFiles, "_stream", lambda self, split, commit: stream(split, ""))
+    list(corpus.documents("test"))
+    assert f"refs/convert/parquet is a branch; the same rows elsewhere: data.corpus.revision={'c' * 40}\n" in (
+        capsys.readouterr().out
+    )
+    [note] = tmp_path.glob("hub/*/test.json")
+    assert json.loads(note.read_text())["commit"] == "c" * 40
+    list(corpus_of("bst", revision="c" * 40).documents("test"))
+    assert "is a branch" not in capsys.readouterr().out
+
+
 def test_a_damaged_copy_is_made_again(corpus_of, tmp_path, capsys):
     corpus = corpus_of("bst")
     before = documents(corpus)
@@ -184,7 +210,7 @@ def test_the_digest_names_what_was_asked_for_and_of_a_folder_its_files(corpus_of
             "columns": ["text"],
             "characters": None,
         }
-        return Source(**options | {"folder": tmp_path} | changes).digest()
+        return HubFiles(**options | {"folder": tmp_path} | changes).digest()
 
     changes = [{"repository": "org/other"}, {"revision": "0" * 40}, {"columns": ["body"]}, {"characters": 5}]
     changes += [{"files": {"train": "a/*.parquet", "validation": "b", "test": None}}, {"repository": str(hub / "bst")}]

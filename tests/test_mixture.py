@@ -46,6 +46,16 @@ def test_no_corpus_is_ever_a_window_from_its_share(shares):
     assert seen[-1].tolist() == shares
 
 
+def test_a_part_of_a_mixtures_split_has_some_of_each_corpus(words):
+    split = opened(words).splits["validation"]
+    sizes = [len(part) for part in split.parts]
+    for windows in (1, 3, sum(sizes) + 1):
+        numbers = split.spread(windows).tolist()
+        assert numbers == sorted(set(numbers)) and numbers[0] == 0 and numbers[-1] < len(split)
+        assert all(any(first <= n < first + size for n in numbers) for first, size in zip(split.first, sizes))
+    assert numbers == list(range(sum(sizes)))
+
+
 def test_random_weights_are_kept_as_well():
     draws = np.random.default_rng(0)
     for _ in range(40):

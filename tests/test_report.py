@@ -201,6 +201,25 @@ def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
     assert "RuntimeError: out of memory" in printed and "at step 200" in printed
 
 
+def test_notes_say_what_curves_are_over_which_weights_and_what_was_priced(tmp_path):
+    """And to try next is the sweep that was run, its data included, at another scale."""
+    runs = tmp_path / "runs"
+    special = {"val/tokens": 99, "best_step": 40, "test/bits_per_byte": 2.0, "test/priced_share": 0.5}
+    folders = [write_run(runs, arm, 0, 5.3, **special) for arm in ("dense", "switch")]
+    for folder in folders:
+        path = folder / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"val/ce"', '"val/tokens": 33, "val/ce"'))
+    write_sweep(runs, folders)
+    path = runs / "sweeps" / "quickstart.json"
+    command = ["python", "run.py", "-m", "sweeps=quickstart", "data.folder=my talk", "scale=smoke"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert "perplexity: exp(cross-entropy per token) of the best validation's weights; mean" in printed
+    assert "learning curves: over 33 of 99 validation tokens, the same at every step" in printed
+    assert "of 50.0% of the test tokens, which stand for all" in printed
+    assert "run.py -m sweeps=quickstart 'data.folder=my talk' scale=small" in printed
+
+
 def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path):
     runs = tmp_path / "runs"
     folders = [write_run(runs, "dense", seed, 5.3) for seed in (0, 1)]

@@ -72,6 +72,16 @@ def test_a_run_writes_its_record_and_a_second_call_does_nothing(name, tiny, arm,
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_validations_in_training_may_read_a_part_and_the_result_is_over_all(tiny, capsys):
+    words = [*tiny, "record.validation_windows=3"]
+    assert run(compose_config(*words)) == FINISHED
+    folder, whole = folder_of(*words), len(open_run(read(compose_config(*words))).splits["validation"])
+    result = json.loads((folder / "result.json").read_text())
+    assert f"validations during training read 3 of {whole} windows" in capsys.readouterr().out
+    assert {line["val/tokens"] for line in lines_of(folder) if "val/ce" in line} == {3 * 32}
+    assert 32 * (whole - 1) < result["val/tokens"] <= 32 * whole
+
+
 STOPPED_EVERYWHERE = ("dense", "hash_balanced", "switch", "base", "loss_free", "stable_moe")  # others in the middle
 
 

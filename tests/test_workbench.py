@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import EXPERTS, ROOT, VOCAB, compose_config, make_site, router_of,
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data.batches import Split
+from data.batches import Split, evaluation_batches
 from data.prepare import Prepared
 from routers.audit import card
 from routers.hash import Hash
@@ -36,6 +37,18 @@ def text(train, validation=None) -> Prepared:
     return Prepared(Path(), "0123456789abcdef", VOCAB, torch.zeros(VOCAB), tokens, {})
 
 
+def whole(stream, length: int):
+    """What gives the batches of a stream's windows."""
+    return partial(evaluation_batches, Split(text(stream), "train", length))
+
+
+def card_of(name: str, corpus: Prepared, routers: dict, every_expert: bool = False) -> str:
+    def batches_of(split, size):
+        return evaluation_batches(Split(corpus, split, 12), size)
+
+    return card(name, corpus.fingerprint, routers, every_expert, batches_of)
+
+
 def column(*experts):
     return torch.tensor(experts)[:, None]
 
@@ -55,7 +68,7 @@ def table_router(table, **site) -> Hash:
 def test_loads_are_of_the_tokens_that_are_routed_and_the_last_is_only_a_target():
     stream = torch.tensor([2, 3, 2, 4, 2, 0, 2, 5])  # 7 inputs, in windows of 3 whose last is padded
     table = column(1, 1, 3, 0, 0, 2)
-    seen = route(parts_of({1: table_router(table)}), Split(text(stream), "train", 3))
+    seen = route(parts_of({1: table_router(table)}), whole(stream, 3))
     assert seen.tokens.tolist() == [1, 0, 4, 1, 1, 0]
     assert torch.equal(seen.keys, seen.tokens)
     assert seen.loads["1"].tolist() == [2, 1, 0, 4]
@@ -64,7 +77,7 @@ def test_loads_are_of_the_tokens_that_are_routed_and_the_last_is_only_a_target()
 def test_every_hash_of_several_is_a_table_of_its_own():
     stream = torch.tensor([2, 3, 2, 4, 0])
     router = table_router([[0, 3], [0, 3], [1, 3], [2, 2], [2, 0]])
-    seen = route(parts_of({0: router}), Split(text(stream), "train", 4))
+    seen = route(parts_of({0: router}), whole(stream, 4))
     assert {name: load.tolist() for name, load in seen.loads.items()} == {
         "0, segment 0": [0, 2, 2, 0],
         "0, segment 1": [1, 0, 1, 2],
@@ -74,7 +87,7 @@ def test_every_hash_of_several_is_a_table_of_its_own():
 def test_a_feature_that_looks_back_is_audited_by_its_own_keys():
     stream = torch.tensor([2, 3, 2, 0, 3, 3])
     router = router_of("hash_previous", make_site())
-    seen = route(parts_of({1: router}), Split(text(stream), "train", 5))
+    seen = route(parts_of({1: router}), whole(stream, 5))
     assert seen.keys[[1, 2, 3]].tolist() == [2, 2, 1]  # begin twice, as a document starts within the window
     load = torch.zeros(EXPERTS).long()
     for key in (1, 2, 3, 2, 1):
@@ -89,7 +102,7 @@ def test_predictions_are_those_of_the_baseline():
     batch = split.windows(torch.arange(6), torch.zeros(6).long())
     with torch.no_grad():
         guess = router.site.baseline(batch.tokens).logits.argmax(-1)
-    seen = route(parts_of({1: router}), split)
+    seen = route(parts_of({1: router}), whole(stream, 12))
     assert torch.equal(seen.keys, torch.bincount(guess[batch.tokens.real], minlength=VOCAB))
 
 
@@ -177,7 +190,7 @@ def test_the_card_says_loads_and_bounds_of_each_text():
     train = torch.tensor([2] * 6 + [3, 3, 4, 5] + [0, 0, 2])
     validation = torch.tensor([4] * 9 + [2, 3, 5, 2])
     router = table_router(column(3, 3, 0, 1, 1, 2), sparse_layers=(1,))
-    said = card("mine", text(train, validation), {1: router}, True, "stream")
+    said = card_of("mine", text(train, validation), {1: router}, True)
     by_text = {row[1]: row for row in figures(said, "LOAD")}
     # training 6, 2, 1, 1, 2 of 12: p1 E = 2; the fullest has 6 of 12
     assert by_text["training"][2:] == ["50.00 % (#0)", "8.33 % (#2)", "0", "0.865", "2.00", "2.00"]
@@ -197,10 +210,7 @@ def test_the_card_shows_the_split_hash_below_what_no_token_table_can_beat():
     split = Split(corpus, "train", 12)
     tokens = split.windows(torch.arange(len(split)), torch.zeros(len(split)).long())
     site = make_site(token_counts=counts, training_text=lambda: [tokens], sparse_layers=(1,))
-    said = {
-        name: card(name, corpus, {1: router_of(name, site)}, False, "stream")
-        for name in ("hash_split", "hash_balanced")
-    }
+    said = {name: card_of(name, corpus, {1: router_of(name, site)}) for name in ("hash_split", "hash_balanced")}
     fullest, own, bound = map(float, figures(said["hash_split"], "LOAD")[0][-3:])
     assert own <= fullest < bound and bound == pytest.approx(2.05, abs=0.1)
     assert f"the fullest expert has {fullest:.2f} times the mean load, below {bound:.2f}" in said["hash_split"]
@@ -211,7 +221,7 @@ def test_the_card_shows_the_split_hash_below_what_no_token_table_can_beat():
 def test_two_layers_are_compared_and_one_table_for_all_has_everything_in_common():
     stream = torch.arange(2, 40).repeat(5)
     routers = {layer: router_of("hash_random", make_site(layer=layer)) for layer in (0, 1)}
-    said = card("two", text(stream), routers, False, "stream")
+    said = card_of("two", text(stream), routers)
     assert [row[0] for row in figures(said, "COLLISIONS ON TRAINING TEXT")] == ["0", "1"]
     assert [row[0] for row in figures(said, "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT")] == [
         "0 and 1",
@@ -219,9 +229,7 @@ def test_two_layers_are_compared_and_one_table_for_all_has_everything_in_common(
     ]
     routers[1].table.copy_(routers[0].table)
     assert (
-        figures(
-            card("one", text(stream), routers, False, "stream"), "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT"
-        )[0][2]
+        figures(card_of("one", text(stream), routers), "MUTUAL INFORMATION BETWEEN TABLES, TRAINING TEXT")[0][2]
         == "1.000"
     )
 
@@ -252,6 +260,19 @@ def test_a_built_table_is_read_back_and_routes_the_same(router, tiny, tmp_path, 
     assert (metadata["num_experts"], metadata["seed"], metadata["layer"]) == ("4", "0", "1")
     assert len(metadata["data_fingerprint"]) == 64
     assert [p.name for p in tmp_path.glob("table*")] == ["table.safetensors"]
+
+
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_of_an_encoder_decoder_is_audited_what_its_router_sees(side, tiny, capsys):
+    words = [*tiny, "router=hash_balanced", "model.encoder_layers=2", "data.source_length=8", f"model.sparse_in={side}"]
+    main(["audit", *words])
+    found = re.search(r"text: ([\d,]+) training tokens and ([\d,]+) validation tokens", capsys.readouterr().out)
+    prepared = open_data(read(compose_config(*words)))
+    for split, said in zip(("train", "validation"), found.groups()):
+        targets = prepared.splits[split]["tokens"] - 1
+        whole, rest = divmod(targets, 32)  # of a window the encoder reads the first 8, of the last one what there is
+        read_by_encoder = 8 * whole + min(rest, 8)
+        assert int(said.replace(",", "")) == (read_by_encoder if side == "encoder" else targets - read_by_encoder)
 
 
 def test_a_layer_is_built_by_name(tiny, tmp_path):

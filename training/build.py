@@ -66,24 +66,28 @@ def router_maker(
     settings: Settings, prepared: Prepared, baseline: Transformer | None = None
 ) -> Callable[[int], Router]:
     """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
-
-    read, window, encoders = (
-        source_length(settings, prepared),
-        settings.data.sequence_length,
-        settings.model.encoder_layers,
-    )
-    lengths = positions(window, read, encoders)
+    read = source_length(settings, prepared)
+    lengths = positions(settings.data.sequence_length, read, settings.model.encoder_layers)
     length = lengths.encoder if settings.model.sparse_in == "encoder" else lengths.decoder
 
     def training_text() -> Iterable[Batch]:
-        split = open_split(prepared, "train", window, settings.data.packing)
-        return (divided(batch, read) if encoders else batch for batch in evaluation_batches(split, 64))
+        return whole_split(settings, prepared, "train", 64)
 
     def router(layer: int) -> Router:
         with torch.device("cpu"):  # tables are drawn also for a model that is only counted, on the meta device
             return make_router(settings, layer, prepared.token_counts, training_text, baseline, length)
 
     return router
+
+
+def whole_split(settings: Settings, prepared: Prepared, split: str, batch_size: int) -> Iterable[Batch]:
+    """A split as the model reads it, in order: of an encoder-decoder divided between both sides."""
+    windows = open_split(prepared, split, settings.data.sequence_length, settings.data.packing)
+    batches = evaluation_batches(windows, batch_size)
+    if settings.model.encoder_layers == 0:
+        return batches
+    read = source_length(settings, prepared)
+    return (divided(batch, read) for batch in batches)
 
 
 def source_length(settings: Settings, prepared: Prepared) -> int | None:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.corpora import file_digest
 from data.prepare import Prepared
+from data.records import file_digest
 from models.transformer import Transformer
 from training.build import make_model, open_data
 from training.folder import WEIGHTS, sync, write_atomically

@@ -58,8 +58,11 @@ def evaluate(
     batch_size: int,
     counts: Tensor,
     as_in_training: bool = False,
+    windows: int | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
+
+    windows: over so many of the split alone, at even distances; None: over all.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
@@ -72,7 +75,7 @@ def evaluate(
     sums["input"] = np.zeros((2, len(counts)))
     experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
     with torch.no_grad(), evaluating(model, as_in_training):
-        for batch in evaluation_batches(split, batch_size):
+        for batch in evaluation_batches(split, batch_size, windows):
             moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
             ce, routings, _ = losses(moved, plans)
             batch = moved.apply(Tensor.cpu)  # of an encoder-decoder, the decoder's part
@@ -100,11 +103,13 @@ def mean_ce(sums: dict[str, Tensor]) -> float:
     return float(sums["ce_sum"] / sums["tokens"])
 
 
-def text_figures(ce: float, text: dict[str, Any]) -> dict[str, float | None]:
-    """What dictionaries can be compared by. ce: nats per counted token; text: the split's figures, as in Prepared.
+def text_figures(ce: float, tokens: int, text: dict[str, Any]) -> dict[str, float | None]:
+    """What dictionaries can be compared by. ce: nats per token over so many; text: the split's figures, as in Prepared.
 
     word_perplexity: exp(nats of the counted tokens, ends included, over the words that whitespace parts), None where it
-    is no number; bits_per_byte: of UTF-8; unknown_share: of tokens that are the unknown word, whose text is not priced.
+    is no number; bits_per_byte: of UTF-8; unknown_share: of tokens that are the unknown word, whose text is not priced;
+    priced_share: of the counted tokens those that are targets, whose mean stands for the others: not the first of all,
+    nor of packed documents the first of each, nor of plain text what an encoder reads.
     """
     nats = ce * text["counted"]
     per_word = nats / text["words"] if text["words"] else math.inf
@@ -112,4 +117,5 @@ def text_figures(ce: float, text: dict[str, Any]) -> dict[str, float | None]:
         "word_perplexity": math.exp(per_word) if per_word < 700 else None,
         "bits_per_byte": nats / math.log(2) / text["bytes"],
         "unknown_share": text["unknown"] / text["counted"],
+        "priced_share": tokens / text["counted"],
     }

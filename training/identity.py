@@ -33,6 +33,8 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
         content["train"].pop(key)
     if settings.train.patience is not None:  # validations decide when to stop
         content["train"]["evaluate_every"] = settings.record.evaluate_every
+        if settings.record.validation_windows is not None:
+            content["train"]["validation_windows"] = settings.record.validation_windows
     windows = {key: content["data"][key] for key in ("sequence_length", "packing", "mask_documents")}
     if content["model"]["encoder_layers"]:
         windows["source_length"] = content["data"]["source_length"]

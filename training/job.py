@@ -15,10 +15,10 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from data.corpora import SPLITS
 from data.dictionary_files import find_dictionary
 from data.mixed_batches import MixedSplit, open_split, training_batches
 from data.prepare import Prepared
+from data.splits import SPLITS
 from training import checkpoint
 from training.build import open_data, source_length
 from training.folder import held, is_finished, write_atomically
@@ -146,6 +146,8 @@ def _announcement(session: Session) -> str:
     filled = split.tokens_per_epoch / (split.full * split.length)
     padding = f" ({1 - filled:.1%} padding)" if filled < 1 else ""
     trained = "" if counts["trained"] == counts["total"] else f", {counts['trained']:,} trained"
+    part, whole = settings.record.validation_windows, len(session.run.splits["validation"])
+    seen = f"; validations during training read {part:,} of {whole:,} windows" if part and part < whole else ""
     start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
     each = split.epochs(windows).items() if isinstance(split, MixedSplit) else ()
     parts = f" ({', '.join(f'{name} {epochs:.2f}' for name, epochs in each)})" if each else ""
@@ -153,7 +155,7 @@ def _announcement(session: Session) -> str:
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
         f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
-        f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries"
+        f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries{seen}"
         + (f"; going on after step {progress.step}" if progress.step else "")
     )
 

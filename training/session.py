@@ -40,11 +40,14 @@ class Session:
     best: dict[str, Tensor] = field(default_factory=dict)
     assigned: dict[str, Tensor] = field(default_factory=dict)
 
-    def measure(self, split: str, as_in_training: bool = False) -> dict[str, Tensor]:
-        """evaluation.evaluate's sums over a split. Raises Diverged if they are not finite."""
+    def measure(self, split: str, as_in_training: bool = False, windows: int | None = None) -> dict[str, Tensor]:
+        """evaluation.evaluate's sums over a split, or so many windows of it. Raises Diverged if they are not finite,
+        and ValueError if no token of these windows counts."""
         train, counts = self.run.settings.train, self.run.prepared.token_counts
         batch = train.micro_batch or train.batch_size
-        sums = evaluate(self.model, self.losses, self.run.splits[split], batch, counts, as_in_training)
+        sums = evaluate(self.model, self.losses, self.run.splits[split], batch, counts, as_in_training, windows)
+        if not sums["tokens"]:
+            raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
         if not math.isfinite(mean_ce(sums)):
             raise Diverged(self.progress.step)
         return sums
@@ -56,14 +59,16 @@ class Session:
             assert isinstance(windows, MixedSplit)
             own = windows.documents[part.name]
             ce_sum, tokens = (float(sums[f"document_{key}"][own].sum()) for key in ("ce_sum", "tokens"))
-            ce, text = ce_sum / tokens, part.prepared.splits[split]
-            figures[part.name] = {"ce": ce, "perplexity": math.exp(ce), "tokens": int(tokens)} | text_figures(ce, text)
+            ce, text = ce_sum / tokens if tokens else math.nan, part.prepared.splits[split]
+            figures[part.name] = {"ce": ce, "perplexity": math.exp(ce), "tokens": int(tokens)} | text_figures(
+                ce, int(tokens), text
+            )
         return figures
 
     def validate(self) -> dict[str, Any]:
         """The figures of a validation. With early stopping it is compared with the best so far, whose weights stay."""
-        sums, progress = self.measure("validation"), self.progress
-        figures = {"val/ce": mean_ce(sums)}
+        sums, progress = self.measure("validation", windows=self.run.settings.record.validation_windows), self.progress
+        figures = {"val/ce": mean_ce(sums), "val/tokens": int(sums["tokens"])}
         figures |= {f"val/{name}/ce": each["ce"] for name, each in self.by_corpus("validation", sums).items()}
         figures |= self.settled(sums)
         if self.run.settings.train.patience is None:
@@ -106,7 +111,7 @@ class Session:
             result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
             text = self.run.prepared.splits[split]
             result[f"{name}/unigram_entropy"] = text["unigram_entropy"]
-            result |= {f"{name}/{key}": value for key, value in text_figures(ce, text).items()}
+            result |= {f"{name}/{key}": value for key, value in text_figures(ce, int(sums["tokens"]), text).items()}
             for corpus, each in self.by_corpus(split, sums).items():
                 result |= {f"{name}/{corpus}/{key}": value for key, value in each.items()}
             if any(router.trains_differently for router in self.model.routers.values()):

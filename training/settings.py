@@ -86,6 +86,7 @@ class TrainSettings:
 class RecordSettings:
     log_every: Count
     evaluate_every: Count
+    validation_windows: Annotated[int | None, within(1)]
     checkpoint_every: Annotated[int, within(0)]
     keep_weights: bool
     keep_optimizer: bool

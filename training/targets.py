@@ -76,7 +76,10 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
     text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines: list[str] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if not any(line in earlier for earlier in lines):  # the cause often says the same again
+            lines.append(line)
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     noise = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
     lines = [line for line in lines if not line.startswith(noise)]
