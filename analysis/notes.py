@@ -56,11 +56,12 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
         )
-    if (share := frame["test_priced_share"].min()) < 0.99:
+    if (share := float(np.min(frame["test_priced_share"].to_numpy()))) < 0.99:
         lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
-    read, whole = runs["curve_tokens"].max(), runs["val/tokens"].max()
-    if read < whole:
-        lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
+    if {"curve_tokens", "val/tokens"} <= set(runs):
+        read, whole = (float(np.nanmax(runs[key].to_numpy(float))) for key in ("curve_tokens", "val/tokens"))
+        if read < whole:
+            lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     return lines
 
 
