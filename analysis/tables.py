@@ -84,8 +84,8 @@ def by_text(frame: pd.DataFrame, form: str) -> str:
 
 
 def _most(frame: pd.DataFrame, column: str) -> float:
-    """The largest value; nan if there is none."""
-    return float(np.nanmax(frame[column].to_numpy(float))) if column in frame else np.nan
+    """The largest value; nan if one is missing."""
+    return float(np.max(frame[column].to_numpy(float))) if column in frame else np.nan
 
 
 def _unknown(frame: pd.DataFrame) -> float:
