@@ -44,7 +44,7 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
     best = shlex.quote(str(runs / ranked["id"].iloc[0]))
     command = shlex.split(study.command)
-    words = [word for word in command[command.index("-m") + 1 :] if not word.startswith("scale=")]
+    words = [word for word in command if "=" in word and not word.startswith("scale=")]
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": shlex.join(words)}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])

@@ -130,10 +130,9 @@ def make_plan(expert: Tensor, num_experts: int, segments: int = 1) -> Plan:
     places = torch.arange(len(expert), device=expert.device)
     group = expert if segments == 1 else expert * segments + places % segments
     groups = num_experts * segments
-    small = torch.int16 if groups < 1 << 15 else torch.int32  # a GPU sorts by digits: fewer bits, fewer passes
-    ordered, order = torch.sort(group.to(small), stable=True)
+    ends = torch.arange(groups, dtype=torch.int16 if groups < 1 << 15 else torch.int32, device=expert.device)
+    ordered, order = torch.sort(group.to(ends.dtype), stable=True)  # a GPU sorts fewer bits in fewer passes
     inverse = torch.empty_like(order).scatter_(0, order, places)
-    ends = torch.arange(groups, dtype=small, device=expert.device)
     return Plan(order, inverse, torch.searchsorted(ordered, ends, right=True, out_int32=True))
 
 
