@@ -184,19 +184,3 @@ def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, 
         "aux_loss": routing.aux_loss.detach(),
     }
     return metrics | routing.report
-
-
-def joined(routings: list[Routing], num_tokens: int) -> Routing:
-    """The routing of a step from its micro-batches' of num_tokens each, detached. aux_loss and report: means."""
-
-    def mean(values: list[Tensor]) -> Tensor:
-        return torch.stack([value.detach().double() for value in values]).mean()
-
-    return Routing(
-        torch.cat([r.token + i * num_tokens for i, r in enumerate(routings)]),
-        torch.cat([r.expert for r in routings]),
-        torch.cat([r.weight.detach() for r in routings]),
-        mean([r.aux_loss for r in routings]),
-        {name: mean([r.report[name] for r in routings]) for name in routings[0].report},
-        routings[0].fan_out,
-    )

@@ -8,8 +8,9 @@ from conftest import EXPERTS, LENGTH, ROOT, ROUTERS, VOCAB, WIDTH, check, make_s
 from data.randomness import generator, uniform
 from routers.base_layers import BalancedAssignment
 from routers.gates import balance_loss, within_capacity
-from routers.routing import Plan, Routing, joined, load_metrics, load_of, make_plan
+from routers.routing import Plan, Routing, load_metrics, load_of, make_plan
 from routers.switch import Switch
+from training.loop import joined
 
 
 def hidden_of(batch, seed=0):

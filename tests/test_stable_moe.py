@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from data.randomness import generator
-from routers.routing import joined
 from routers.stable_moe import StableMoE, distillation, imbalance
 from training import checkpoint
 from training.job import FINISHED, run
+from training.loop import joined
 from training.optimizer import step
 
 U = 50

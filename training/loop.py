@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batches import Batch, TrainingBatches
 from data.mixed_batches import MixedBatches
 from models.transformer import Transformer
-from routers.routing import Plan, Router, Routing, joined, load_metrics, load_of
+from routers.routing import Plan, Router, Routing, load_metrics, load_of
 from training.evaluation import Compute
 from training.optimizer import learning_rate, step
 from training.settings import Settings
@@ -178,6 +178,22 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         return self.model.embedding.device
+
+
+def joined(routings: list[Routing], num_tokens: int) -> Routing:
+    """The routing of a step from its micro-batches' of num_tokens each, detached. aux_loss and report: means."""
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return torch.stack([value.detach().double() for value in values]).mean()
+
+    return Routing(
+        torch.cat([r.token + i * num_tokens for i, r in enumerate(routings)]),
+        torch.cat([r.expert for r in routings]),
+        torch.cat([r.weight.detach() for r in routings]),
+        mean([r.aux_loss for r in routings]),
+        {name: mean([r.report[name] for r in routings]) for name in routings[0].report},
+        routings[0].fan_out,
+    )
 
 
 @contextmanager
