@@ -72,6 +72,7 @@ def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
     assert all(0 <= row["gap"] < 0.05 for row in rows)
 
 
+@pytest.mark.long
 def test_a_sweep_says_what_is_not_training(tiny, tmp_path):
     sweep.main(["--device=cpu", "--scale=smoke", "--arms=dense", "--seeds=2", f"--out={tmp_path}", *tiny[:-1]])
     rows = written(tmp_path, "sweep")
