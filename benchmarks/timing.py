@@ -117,7 +117,9 @@ def saved_bytes(run: Callable[[], object], kept: Sequence[torch.Tensor]) -> int:
 def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.device, **more: Any) -> Path:
     """Print the rows as a table, and write them to <out>/<name>.json with where they come from."""
     print(tabulate(rows, headers="keys", floatfmt=".4g", missingval=""))
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    options = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
+    }
     origin = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": options,
