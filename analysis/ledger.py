@@ -77,7 +77,7 @@ def _validation(folder: Path) -> float | None:
 def notes(results: Path, scale: str, arms: list[str]) -> list[str]:
     """What a report prints under its table, a line an arm: how it was tuned. [] if there is no ledger.
 
-    arms: labels; the ledger's arm is the longest that a label begins with (switch of switch_64).
+    arms: labels; the ledger's arm is the longest that a label begins with (that of NAME_64 is NAME).
     """
     path = results / scale / "tune" / "ledger.csv"
     if not path.exists():
