@@ -1,4 +1,4 @@
-"""What an arm's label says: its method, its place (64 of switch_64), its name, look and reference."""
+"""What an arm's label says: its method, its place (64 of NAME_64), its name, look and reference."""
 
 import re
 from collections.abc import Iterable
