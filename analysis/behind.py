@@ -168,7 +168,7 @@ def floor_of(path: Path) -> float:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if path.exists() else {}
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
 
 
 def _number(text: str) -> Any:

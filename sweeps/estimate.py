@@ -57,7 +57,7 @@ class Pace:
             result = json.loads(path.read_text())
             if result.get("outcome") != "finished" or not (path.parent / "config.yaml").exists():
                 continue
-            config = yaml.load((path.parent / "config.yaml").read_text(), Loader=LOADER)
+            config = yaml.safe_load((path.parent / "config.yaml").read_text())
             kind = config["scale"], config["router"]["_target_"]
             flops = result["train_flops_per_token"] * result["tokens"]
             self.seen.setdefault(kind, []).append((flops, result["seconds"]))
@@ -73,6 +73,3 @@ class Pace:
             return rate * flops, "finished runs of the router" if alike else "finished runs of the scale"
         speed, fixed = ASSUMED[choose_device(settings).type]
         return fixed + flops / speed, "an assumed speed"
-
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
