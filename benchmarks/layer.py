@@ -21,8 +21,7 @@ from benchmarks.timing import (
     interleaved,
     measured,
     parser,
-    plot,
-    report,
+    report_curve,
     saved_bytes,
 )
 from routers.routing import make_plan
@@ -43,10 +42,7 @@ def main(words: list[str] | None = None) -> None:
     for value in curve:
         sizes = dict(zip("TDFE", SIZES[size])) | ({args.curve: value} if value else {})
         rows += [sizes | row for row in one_size(sizes, args, device)]
-    name = f"layer-{size}-{args.activation}" + (f"-over-{args.curve}" if args.curve else "")
-    report(name, rows, args, device)
-    if args.curve:
-        plot(rows, args.curve, "x dense", "way", args.out / f"{name}.png", level=1)
+    report_curve(f"layer-{size}-{args.activation}", rows, args, device, y="x dense", label="way")
 
 
 def options(words: list[str] | None) -> Namespace:

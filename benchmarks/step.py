@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.timing import Row, command, device_of, in_milliseconds, names, numbers, parser, plot, report
+from benchmarks.timing import Row, command, device_of, in_milliseconds, names, numbers, parser, report_curve
 from data.mixed_batches import training_batches
 from training.compose import composed
 from training.job import open_run
@@ -92,10 +92,7 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as runs:
         for about, more in points(args, words):
             rows += [about | row for row in side_by_side(args, words + more, runs)]
-    name = f"step-{scale}" + (f"-over-{args.curve}" if args.curve else "")
-    report(name, rows, args, device)
-    if args.curve:
-        plot(rows, args.curve, "over the first", "arm", args.out / f"{name}.png", level=1)
+    report_curve(f"step-{scale}", rows, args, device, y="over the first", label="arm")
 
 
 def options(words: list[str] | None) -> Namespace:

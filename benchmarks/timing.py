@@ -138,6 +138,16 @@ def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.d
     return path
 
 
+def report_curve(
+    stem: str, rows: list[Row], args: argparse.Namespace, device: torch.device, y: str, label: str
+) -> None:
+    """report; with --curve also y over what it changes, a line for each label."""
+    name = stem + (f"-over-{args.curve}" if args.curve else "")
+    report(name, rows, args, device)
+    if args.curve:
+        plot(rows, args.curve, y, label, args.out / f"{name}.png", level=1)
+
+
 def installed(library: str) -> str | None:
     try:
         return version(library)
