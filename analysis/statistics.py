@@ -81,18 +81,6 @@ def paired_difference(values: pd.Series, reference: pd.Series) -> Estimate:
     return mean_of((values - reference).loc[values.index.intersection(reference.index)])
 
 
-def contrast_within_seeds(losses: pd.DataFrame, weights: pd.Series) -> Estimate:
-    """Mean over seeds of sum_c weights[c] * losses[seed, c], tested by those sums' own deviation (n - 1 degrees).
-
-    losses: a row a seed, a column a cell (an arm, or arm and size); seeds that lack a cell are left out.
-    ValueError for a cell that is not there. The slope of a difference on log2 E is slope_weights of the sizes for the
-    one arm and less them for the other.
-    """
-    if missing := [cell for cell in weights.index if cell not in losses.columns]:
-        raise ValueError(f"the contrast needs {missing[0]}, which no run has")
-    return mean_of((losses.loc[:, list(weights.index)].dropna() * weights).sum(axis=1))
-
-
 def slope_weights(x: ArrayLike) -> np.ndarray:
     """w with sum w_i y_i the least-squares slope of y on x. ValueError if x has one value alone."""
     centred = np.asarray(x, float)
