@@ -1,8 +1,9 @@
 """A whole training step of the real model and loop, side by side: python -m benchmarks.step [--scale small] [OVERRIDES]
 
-tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step. Blocks of --block
-steps of each arm in turn. Overrides are run.py's; --curve layers or length changes the number of sparse layers or the
-sequence length (at equal tokens a step) and draws tokens/s over the first arm's.
+tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step, and how much longer
+it takes than one whose batch and plan lie ready. Blocks of --block steps of each arm in turn. Overrides are run.py's;
+--curve layers or length changes the number of sparse layers or the sequence length (at equal tokens a step) and draws
+tokens/s over the first arm's.
 """
 
 import tempfile
@@ -45,21 +46,23 @@ class Arm:
         self.ahead = ThreadPoolExecutor(1)
         self.upcoming: Future[list[Micro]] = self.ahead.submit(self.trainer.micro_batches, 0)
 
-    def step(self) -> None:
+    def step(self, again: bool = False) -> None:
+        """again: with the batch and plans that lie ready, so that none are made."""
         trainer, options = self.trainer, self.settings.train
         micros = trainer.taken(self.upcoming.result())
-        self.upcoming = self.ahead.submit(trainer.micro_batches, trainer.progress.step + 1)
+        if not again:
+            self.upcoming = self.ahead.submit(trainer.micro_batches, trainer.progress.step + 1)
         ce, routings, _ = trainer.forward_backward(micros)
         step(trainer.optimizer, learning_rate(trainer.progress.step, options), ce, options.grad_clip)
         trainer.progress.step += 1
         trainer.after_step(routings)
 
-    def seconds(self, steps: int) -> float:
+    def seconds(self, steps: int, again: bool = False) -> float:
         """Of one step, over so many."""
         wait(self.device)
         began = time.perf_counter()
         for _ in range(steps):
-            self.step()
+            self.step(again)
         wait(self.device)
         return (time.perf_counter() - began) / steps
 
@@ -139,9 +142,11 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
             arms[name].step()
         breaks[name] = sum(counters["graph_break"].values()) - before
     syncs, seconds = {name: arm.syncs() for name, arm in arms.items()}, {name: [] for name in arms}
+    again = {name: [] for name in arms}
     for _ in range(args.rounds):
         for name, arm in arms.items():
             seconds[name].append(arm.seconds(args.block))
+            again[name].append(arm.seconds(args.block, again=True))
     rows, first = [], None
     for name, arm in arms.items():
         row = {"arm": name} | in_milliseconds(seconds[name])
@@ -149,6 +154,7 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
         first = first or rate
         share = rate * arm.flops / PEAK if arm.device.type == "cuda" else None
         row |= {"tokens/s": rate, "over the first": rate / first, "share of 790 TFLOP/s": share, "syncs": syncs[name]}
+        row["ms for batch and plan"] = row["ms"] - in_milliseconds(again[name])["ms"]
         rows.append(row | {"graph breaks": breaks[name] if arm.settings.train.compile else None})
         arm.ahead.shutdown()
     return rows

@@ -135,10 +135,11 @@ def test_a_dense_run_does_not_depend_on_what_it_does_not_use(tiny):
     assert digest(*inserted) == digest(*inserted, "num_experts=8")
 
 
-def test_repeat_enters_the_id_and_nothing_else(tiny):
-    one, two = (read(compose_config(*tiny, "router=hash_balanced", f"repeat={n}")) for n in (0, 1))
+@pytest.mark.parametrize(("key", "usual", "other"), [("repeat", 0, 1), ("deterministic", False, True)])
+def test_repeat_and_deterministic_enter_the_id_and_nothing_else(key, usual, other, tiny):
+    one, two = (read(compose_config(*tiny, "router=hash_balanced", f"{key}={value}")) for value in (usual, other))
     assert digest_of(one, "text") != digest_of(two, "text")
-    two.repeat = 0
+    setattr(two, key, usual)
     assert one == two
 
 

@@ -350,3 +350,14 @@ def test_wandb_can_fail_and_mirrors_when_it_does_not(tiny, tmp_path, monkeypatch
     console = (folders[2] / "console.log").read_text()
     assert console.count("warning: wandb") == 1
     assert "no wandb today" in console
+
+
+def test_deterministic_holds_for_plain_and_compiled_kernels():
+    text = """
+import torch
+from training.build import compute_deterministically
+compute_deterministically()
+assert torch.are_deterministic_algorithms_enabled() and torch._inductor.config.deterministic
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

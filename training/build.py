@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -170,6 +171,17 @@ def choose_device(settings: Settings) -> torch.device:
     """auto is the GPU if there is one."""
     wanted = settings.device
     return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_deterministically() -> None:
+    """From here on this process computes with the same bits each time on a GPU, compiled or not; an operation of which
+    torch has no such kernel is a RuntimeError that names it. To be called before the first product on the GPU."""
+    from torch._inductor import config as inductor  # takes seconds to import
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to go without
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    inductor.deterministic = True  # does not choose kernels by their time
 
 
 def make_losses(settings: Settings, model: Transformer, device: torch.device) -> Compute:

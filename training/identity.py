@@ -26,7 +26,7 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
     for group, key in (("router", "baseline"), ("train", "init_from")):
         if content[group].get(key):
             content[group][key] = id_in(content[group][key])  # which run, wherever it lies and however it is called
-    for key, usual in (("table_seed", (None, settings.seed)), ("repeat", (0,))):
+    for key, usual in (("table_seed", (None, settings.seed)), ("repeat", (0,)), ("deterministic", (False,))):
         if content.get(key) in usual:
             content.pop(key, None)
     for key in ("epochs", "horizon"):  # steps follow from them

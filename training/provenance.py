@@ -27,6 +27,7 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
+        "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "dispatch": model.path if model.routers else "none",
         "data": {
             "fingerprint": prepared.fingerprint,

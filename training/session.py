@@ -14,7 +14,7 @@ from data.mixed_batches import MixedSplit
 from data.tokenizer import decode, load_tokenizer
 from models.transformer import Transformer
 from training import checkpoint
-from training.build import choose_device, make_losses, make_model, precision
+from training.build import choose_device, compute_deterministically, make_losses, make_model, precision
 from training.evaluation import Compute, evaluate, mean_ce, text_figures
 from training.folder import require_space
 from training.loop import Diverged, Progress
@@ -135,6 +135,8 @@ def open_session(run: Run) -> Session:
     Raises ValueError for weights that do not fit, damaged checkpoints and a disk that has no room for new ones.
     """
     settings, folder, device = run.settings, run.folder, choose_device(run.settings)
+    if settings.deterministic and device.type == "cuda":
+        compute_deterministically()
     model = make_model(settings, run.prepared, device, checkpoint.load_baseline(settings, device)).to(device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     require_space(folder, 9 * weights)  # for two checkpoints: weights, two moments, the best weights

@@ -124,3 +124,4 @@ class Settings:
     tuned: str | None = None
     space: str | None = None
     dry_run: bool = False
+    deterministic: bool = False
