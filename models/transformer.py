@@ -14,7 +14,7 @@ from data.batches import Batch, Source, Tokens
 from data.randomness import generator
 from data.source import divided, positions
 from models.attention import document_mask, response_mask, rotary_angles, source_mask
-from models.blocks import FFN, Block, Inserted, Memory, make_blocks, make_norm, run_blocks
+from models.blocks import FFN, Memory, make_blocks, make_norm, run_blocks
 from models.encoder import Encoder
 from models.experts import ExpertLayer, Experts
 from models.feedforward import FeedForward, SparseFeedForward
@@ -124,13 +124,6 @@ class Transformer(nn.Module):
                 whole.normal_(0.0, deviation, generator=generator(seed, name, index))
                 segments.copy_(whole.unflatten(1, (segments.shape[0], -1)).transpose(0, 1))
 
-    def compile_layers(self) -> None:
-        """Layer by layer, so that those alike are compiled once, in this model and in the next of the same process."""
-        torch._dynamo.config.recompile_limit = 64  # every kind of layer, in training and in evaluation
-        for layer in self.modules():
-            if isinstance(layer, (Block, Inserted)):
-                layer.compile()
-
     @property
     def routers(self) -> dict[int, Router]:
         """Sparse layer -> its router."""
@@ -165,17 +158,6 @@ class Transformer(nn.Module):
 
         Raises ValueError if there is an encoder and no source.
         """
-        x, routings, aux_loss = self.hidden(tokens, plans, document, source)
-        return Output(self.logits(x), routings, aux_loss)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, S, D), what hidden gives -> (B, S, V)."""
-        return self.norm(x) @ self.embedding.T
-
-    def hidden(
-        self, tokens: Tokens, plans: dict[int, Plan] | None, document: Tensor | None, source: Source | None
-    ) -> tuple[Tensor, dict[int, Routing], Tensor]:
-        """As forward, but the residual stream (B, S, D) after the last layer in place of logits."""
         plans = plans or {}
         x = embedding(tokens.id, self.embedding)  # (B, S, D)
         if self.positions is not None:
@@ -195,7 +177,7 @@ class Transformer(nn.Module):
         x, of_decoder = run_blocks(self.blocks, self.inserted, x, tokens, plans, self.rotation, mask, memory)
         routings = routings | of_decoder
         aux_loss = sum((r.aux_loss for r in routings.values()), torch.zeros((), device=x.device))
-        return x, routings, aux_loss
+        return Output(self.norm(x) @ self.embedding.T, routings, aux_loss)
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Output:

@@ -22,7 +22,7 @@ from models.dispatch import choose_path
 from models.experts import ExpertLayer
 from models.transformer import Transformer
 from routers.routing import Plan, Router, Site
-from training.evaluation import Compute, Losses, token_ce, token_losses
+from training.evaluation import Compute, Losses, token_losses
 from training.settings import Settings
 from training.targets import target
 
@@ -188,14 +188,12 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
     """evaluation.token_losses in the run's precision, compiled if the run asks for it."""
     # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    lower, ce = precision(settings, device) == "bf16", token_ce
-    if settings.train.compile:
-        model.compile_layers()
-        ce = torch.compile(token_ce)
+    compute = torch.compile(token_losses) if settings.train.compile else token_losses
+    lower = precision(settings, device) == "bf16"
 
     def losses(batch: Batch, plans: dict[int, Plan]) -> Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=lower):
-            return token_losses(model, batch, plans, ce)
+            return compute(model, batch, plans)
 
     return losses
 

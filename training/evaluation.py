@@ -22,19 +22,11 @@ Losses = tuple[Tensor, dict[int, Routing], Tensor]
 Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (batch, plans) -> Losses
 
 
-def token_ce(model: Transformer, x: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy (B, S) in nats, 0 where the target does not count. x (B, S, D): Transformer.hidden's."""
-    logits = at_least_float32(model.logits(x))
-    ce = cross_entropy(logits.flatten(0, 1), batch.target.flatten(), reduction="none")
-    return ce.view(batch.target.shape) * batch.counted
-
-
-def token_losses(
-    model: Transformer, batch: Batch, plans: dict[int, Plan], ce: Callable[..., Tensor] = token_ce
-) -> Losses:
-    """token_ce; the routings; the summed auxiliary loss. ce: token_ce itself, or compiled."""
-    x, routings, aux_loss = model.hidden(batch.tokens, plans, batch.document, batch.source)
-    return ce(model, x, batch), routings, aux_loss
+def token_losses(model: Transformer, batch: Batch, plans: dict[int, Plan]) -> Losses:
+    """Cross-entropy (B, S) in nats, 0 where the target does not count; the routings; the summed auxiliary loss."""
+    output = model(batch.tokens, plans, batch.document, batch.source)
+    ce = cross_entropy(at_least_float32(output.logits).flatten(0, 1), batch.target.flatten(), reduction="none")
+    return ce.view(batch.target.shape) * batch.counted, output.routings, output.aux_loss
 
 
 def frequency_deciles(token_counts: Tensor) -> Tensor:
