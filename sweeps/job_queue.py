@@ -52,6 +52,7 @@ class Queue:
         """Jobs fork from one that has imported everything and done nothing: they start in 0.1 s and may use CUDA."""
         root = str(Path(__file__).resolve().parents[1])  # Python 3.11 hands the server no sys.path
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # at import; CUDA's own would spoil it for forks
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, compose_config, one_of_a_kind
 from safetensors.torch import load_file
 
-from training import checkpoint, job, loop
+from training import checkpoint, job, loop, session
 from training.build import make_losses, make_model
 from training.checkpoint import load_run
 from training.evaluation import evaluate, frequency_deciles, mean_ce
@@ -111,7 +111,8 @@ def equal_when_stopped(words, tmp_path, every, steps=12):
 
         def __bool__(self):
             self.asked += 1
-            return self.asked >= 2 * every - 1  # the loop asks twice a step
+            # the loop asks twice a step; the evaluation after it goes on asking, and is let be
+            return 2 * every - 1 <= self.asked <= 2 * every
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(job, "stop_requests", lambda: _entered(StopAfterSomeSteps()))
@@ -279,6 +280,47 @@ def test_a_stop_signal_leaves_a_checkpoint_and_status_75(tiny):
     assert checkpoint.latest(folder / "checkpoints") is not None
     assert not (folder / "result.json").exists()
     assert "goes on" in printed
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("name", ["switch", "dense"])
+def test_a_stop_during_the_final_evaluation_loses_nothing(name, kept, tiny, tmp_path, monkeypatch):
+    words = [*tiny, f"router={name}", f"record.keep_weights={kept}", "record.checkpoint_every=0"]
+    assert run(compose_config(*words, f"runs={tmp_path}/whole")) == FINISHED
+    stop, measured = [], session.Session.measure
+
+    def measure_and_stop(self, split, **options):
+        stop.extend([signal.SIGTERM] * (split == "test"))
+        return measured(self, split, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "stop_requests", lambda: _entered(stop))
+        patched.setattr(session.Session, "measure", measure_and_stop)
+        assert run(compose_config(*words)) == INTERRUPTED
+    folder = folder_of(*words)
+    assert checkpoint.latest(folder / "checkpoints") is not None
+    assert not (folder / "result.json").exists()
+    monkeypatch.setattr(loop.Trainer, "forward_backward", lambda *_: 1 / 0)  # nothing is trained again
+    assert run(compose_config(*words)) == FINISHED
+    results = [
+        json.loads((each / "result.json").read_text()) for each in (folder, next((tmp_path / "whole").iterdir()))
+    ]
+    assert results[0]["test/ce"] == results[1]["test/ce"]
+    assert (checkpoint.latest(folder / "checkpoints") is not None) == kept
+
+
+def test_a_run_that_keeps_no_weights_saves_none_at_its_end(tiny, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save", lambda *_: 1 / 0)
+    assert (
+        run(compose_config(*tiny, "router=dense", "record.keep_weights=false", "record.checkpoint_every=0")) == FINISHED
+    )
+
+
+def test_a_long_evaluation_says_how_far_it_is(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("training.recorder.PATIENCE", 0.0)
+    assert run(compose_config(*tiny, "router=base")) == FINISHED
+    printed = capsys.readouterr().out
+    assert "test: 0% evaluated" in printed and "validation as in training: 0% evaluated" in printed
 
 
 def test_one_process_at_a_time_works_on_a_run(tiny):

@@ -188,7 +188,13 @@ def make_losses(settings: Settings, model: Transformer, device: torch.device) ->
     """evaluation.token_losses in the run's precision, compiled if the run asks for it."""
     # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    compute = torch.compile(token_losses) if settings.train.compile else token_losses
+    compute = token_losses
+    if settings.train.compile:
+        from torch._functorch import config
+
+        # what our autograd functions do is in the graph: the next process may take it from the cache
+        config.autograd_cache_allow_custom_autograd_functions = True
+        compute = torch.compile(token_losses)
     lower = precision(settings, device) == "bf16"
 
     def losses(batch: Batch, plans: dict[int, Plan]) -> Losses:

@@ -59,10 +59,12 @@ def evaluate(
     counts: Tensor,
     as_in_training: bool = False,
     windows: int | None = None,
+    watch: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
-    windows: over so many of the split alone, at even distances; None: over all.
+    windows: over so many of the split alone, at even distances; None: over all. watch is told before each batch which
+    share is done.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
@@ -75,7 +77,9 @@ def evaluate(
     sums["input"] = np.zeros((2, len(counts)))
     experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
     with torch.no_grad(), evaluating(model, as_in_training):
-        for batch in evaluation_batches(split, batch_size, windows):
+        of = -(-(min(windows, len(split)) if windows else len(split)) // batch_size)
+        for number, batch in enumerate(evaluation_batches(split, batch_size, windows)):
+            watch(number / of)
             moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
             ce, routings, _ = losses(moved, plans)
             batch = moved.apply(Tensor.cpu)  # of an encoder-decoder, the decoder's part

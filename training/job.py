@@ -108,8 +108,9 @@ def _train(opened: Run) -> int:
     session = open_session(opened)
     write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
     write_atomically(folder / "provenance.json", json.dumps(session.origin, indent=1))
+    again = (folder / "metrics.jsonl").exists()
     with stop_requests() as stop, Recorder(settings, folder, session.progress) as recorder:
-        recorder.say(_announcement(session))
+        recorder.say(_announcement(session, again))
         outcome = _outcome(session, recorder, stop)
         result = outcome | _figures(session) | {"seconds": time.perf_counter() - began}
         recorder.conclude(result, session.origin)
@@ -125,22 +126,36 @@ def _outcome(session: Session, recorder: Recorder, stop: list[int]) -> dict[str,
     """Trains to the end: the held-out figures, or that the run diverged. Raises Interrupted as the loop does."""
     settings, model, progress = session.run.settings, session.model, session.progress
 
+    def watch(split: str, share: float) -> None:
+        recorder.watch(f"{split}: {share:.0%} evaluated")
+
     def validate() -> None:
-        recorder.log(session.validate())
+        recorder.log(session.validate(watch))
+
+    def watch_and_stop(split: str, share: float) -> None:
+        if stop:
+            raise Interrupted
+        watch(split, share)
 
     batches = training_batches(session.run.splits["train"], settings.train.batch_size, settings.seed)
     loop = settings, model, session.losses, session.optimizer, batches, progress
     try:
-        Trainer(*loop, recorder.log, validate, session.save, stop).train()
-        return {"outcome": "finished"} | session.held_out()
+        trainer = Trainer(*loop, recorder.log, validate, session.save, stop)
+        trainer.train()
+        try:
+            return {"outcome": "finished"} | session.held_out(watch_and_stop)
+        except Interrupted:
+            if not trainer.keeps_last():
+                session.save()
+            raise
     except (Diverged, FloatingPointError) as diverged:
         recorder.say(f"diverged: {diverged}")
         progress.step = getattr(diverged, "step", progress.step + 1)
         return {"outcome": "diverged"}
 
 
-def _announcement(session: Session) -> str:
-    """What trains, where and on how much."""
+def _announcement(session: Session, again: bool) -> str:
+    """What trains, where and on how much. again: it was begun before."""
     settings, counts, progress = session.run.settings, session.origin["parameters"], session.progress
     windows, split = settings.train.steps * settings.train.batch_size, session.run.splits["train"]
     filled = split.tokens_per_epoch / (split.full * split.length)
@@ -157,6 +172,7 @@ def _announcement(session: Session) -> str:
         f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
         f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries{seen}"
         + (f"; going on after step {progress.step}" if progress.step else "")
+        + ("; begun before, without a checkpoint: from the start" if again and not progress.step else "")
     )
 
 

@@ -65,7 +65,8 @@ class Trainer:
         self.aside = torch.cuda.Stream() if self.device.type == "cuda" else None
 
     def train(self) -> None:
-        """Train to the last step, or until validations no longer improve.
+        """Train to the last step, or until validations no longer improve. The last step's checkpoint is left out where
+        nothing of it would be kept.
 
         Raises Diverged, and Interrupted (after a checkpoint) once stop is filled.
         """
@@ -107,7 +108,7 @@ class Trainer:
                     self.log(line | self.route_metrics(routings, real))
                 if evaluate:
                     self.evaluate()
-                if checkpoint or self.stop or self.ended():
+                if self.stop or (self.keeps_last() if self.ended() else checkpoint):
                     self.checkpoint()
                 if self.stop and not self.ended():
                     raise Interrupted
@@ -117,6 +118,11 @@ class Trainer:
         """All steps are done, or train.patience is at its end."""
         train, progress = self.settings.train, self.progress
         return progress.step >= train.steps or (train.patience is not None and progress.waited >= train.patience)
+
+    def keeps_last(self) -> bool:
+        """A finished run keeps its weights; with train.patience the evaluation of the best ones can be gone on with."""
+        record = self.settings.record
+        return record.keep_weights or record.keep_optimizer or self.settings.train.patience is not None
 
     def after_step(self, routings: dict[int, Routing]) -> None:
         """Tells the routers their loads, unless they are frozen."""

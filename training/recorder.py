@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,6 +13,8 @@ from training.folder import write_atomically
 from training.loop import Progress
 from training.settings import Settings
 
+PATIENCE = 20.0  # seconds without a line, then an evaluation says how far it is
+
 
 class Recorder:
     """Writes into the run folder. Use as a context: leaving it closes files and mirror, whatever happened."""
@@ -21,6 +24,7 @@ class Recorder:
         self.console = open(folder / "console.log", "a")
         self.metrics = _cut_metrics(folder / "metrics.jsonl", progress.step)
         self.wandb: Any = None
+        self.said = time.monotonic()
         if settings.wandb.mode != "disabled":
             with self.warning():
                 self.wandb = _start_wandb(settings, folder)
@@ -35,6 +39,7 @@ class Recorder:
 
     def say(self, line: str) -> None:
         """One line for people, kept in console.log; in a sweep a job's output is that file already."""
+        self.said = time.monotonic()
         print(line, flush=True)
         if not os.path.sameopenfile(1, self.console.fileno()):
             print(line, file=self.console, flush=True)
@@ -52,6 +57,11 @@ class Recorder:
         else:
             figures = f"validation {values['val/ce']:.4f} nats per token"
         self.say(f"  step {at.step}/{train.steps}, {figures}")
+
+    def watch(self, what: str) -> None:
+        """A line about what takes long, if there was none for a while."""
+        if time.monotonic() - self.said > PATIENCE:
+            self.say(f"  {what}")
 
     def conclude(self, result: dict[str, Any], origin: dict[str, Any]) -> None:
         """The mirror of result.json, and of what analysis reads in provenance.json."""

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,18 @@ class Session:
     best: dict[str, Tensor] = field(default_factory=dict)
     assigned: dict[str, Tensor] = field(default_factory=dict)
 
-    def measure(self, split: str, as_in_training: bool = False, windows: int | None = None) -> dict[str, Tensor]:
+    def measure(
+        self,
+        split: str,
+        as_in_training: bool = False,
+        windows: int | None = None,
+        watch: Callable[[float], None] = lambda share: None,
+    ) -> dict[str, Tensor]:
         """evaluation.evaluate's sums over a split, or so many windows of it. Raises Diverged if they are not finite,
         and ValueError if no token of these windows counts."""
-        train, counts = self.run.settings.train, self.run.prepared.token_counts
+        train, counts, text = self.run.settings.train, self.run.prepared.token_counts, self.run.splits[split]
         batch = train.micro_batch or train.batch_size
-        sums = evaluate(self.model, self.losses, self.run.splits[split], batch, counts, as_in_training, windows)
+        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch)
         if not sums["tokens"]:
             raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
         if not math.isfinite(mean_ce(sums)):
@@ -65,9 +73,11 @@ class Session:
             )
         return figures
 
-    def validate(self) -> dict[str, Any]:
-        """The figures of a validation. With early stopping it is compared with the best so far, whose weights stay."""
-        sums, progress = self.measure("validation", windows=self.run.settings.record.validation_windows), self.progress
+    def validate(self, watch: Callable[[str, float], None]) -> dict[str, Any]:
+        """The figures of a validation. With early stopping it is compared with the best so far, whose weights stay.
+        watch: see held_out."""
+        windows, progress = self.run.settings.record.validation_windows, self.progress
+        sums = self.measure("validation", windows=windows, watch=partial(watch, "validation"))
         figures = {"val/ce": mean_ce(sums), "val/tokens": int(sums["tokens"])}
         figures |= {f"val/{name}/ce": each["ce"] for name, each in self.by_corpus("validation", sums).items()}
         figures |= self.settled(sums)
@@ -99,14 +109,14 @@ class Session:
         files |= {name: kept for name, kept in (("best", self.best), ("assigned", self.assigned)) if kept}
         checkpoint.save(self.run.folder / "checkpoints", self.progress.step, files, asdict(self.progress))
 
-    def held_out(self) -> dict[str, Any]:
+    def held_out(self, watch: Callable[[str, float], None]) -> dict[str, Any]:
         """The result's figures of validation and test, of the best weights if they were kept; what they are made of
-        goes into evaluation.safetensors."""
+        goes into evaluation.safetensors. watch is told before each batch which split is read, and the share done."""
         if self.best:
             self.model.load_state_dict(self.best)
         result, tensors = {}, {}
         for name, split in SPLITS.items():
-            sums = self.measure(split)
+            sums = self.measure(split, watch=partial(watch, split))
             ce = mean_ce(sums)
             result |= {f"{name}/ce": ce, f"{name}/perplexity": math.exp(ce), f"{name}/tokens": int(sums["tokens"])}
             text = self.run.prepared.splits[split]
@@ -115,7 +125,8 @@ class Session:
             for corpus, each in self.by_corpus(split, sums).items():
                 result |= {f"{name}/{corpus}/{key}": value for key, value in each.items()}
             if any(router.trains_differently for router in self.model.routers.values()):
-                result[f"{name}/ce_as_in_training"] = mean_ce(self.measure(split, as_in_training=True))
+                again = self.measure(split, as_in_training=True, watch=partial(watch, f"{split} as in training"))
+                result[f"{name}/ce_as_in_training"] = mean_ce(again)
             tensors |= {f"{split}/{key}": value for key, value in sums.items()}
         names = {"frequent_tokens": json.dumps(self.frequent_tokens())}
         save_file(tensors, self.run.folder / "evaluation.safetensors", names)

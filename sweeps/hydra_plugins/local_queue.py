@@ -24,6 +24,7 @@ from training.tuning import described
 
 # What a job imports only on its way, in about 3 s: run.py's part, the optimizer's, and wandb's.
 PRELOAD = ("hydra", "torch._dynamo", "wandb", "wandb.sdk.launch.inputs.internal")
+COMPILER = ("torch._inductor.compile_fx",)  # another 3 s, of jobs with train.compile
 
 
 class LocalQueue(Launcher):
@@ -52,7 +53,8 @@ class LocalQueue(Launcher):
         record(plan.jobs)
         settings = plan.jobs[0].settings
         assert settings is not None
-        queue = Queue(jobs, self.slots(settings.device), run, PRELOAD, self.grace_seconds)
+        preload = (*PRELOAD, *(COMPILER if any(job.config.train.compile for job in jobs) else ()))
+        queue = Queue(jobs, self.slots(settings.device), run, preload, self.grace_seconds)
         if status := queue.run():
             raise SystemExit(status)
         return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=0) for overrides in job_overrides]
