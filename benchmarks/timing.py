@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hydra.errors import HydraException
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from omegaconf.errors import OmegaConfBaseException
 from tabulate import tabulate
 
@@ -22,6 +23,8 @@ from training.provenance import GIT, ROOT, device_name
 from training.targets import one_line
 
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "numpy", "scipy")
+AXES = {"T": "tokens", "E": "experts", "x dense": "time over dense", "layers": "sparse layers"}
+AXES |= {"length": "sequence length in tokens, at equal tokens a step", "over the first": "tokens/s over the first arm"}
 Row = dict[str, Any]
 
 
@@ -157,7 +160,7 @@ def installed(library: str) -> str | None:
 
 def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
     """Lines of y over x, one for each label; x is logarithmic. level: a dotted line."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row[label] for row in rows if y in row):
         points = sorted((row[x], row[y]) for row in rows if row[label] == name and y in row)
@@ -166,7 +169,13 @@ def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float |
         axes.axhline(level, color="0.35", linewidth=0.7, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set(xlabel=x, ylabel=y)
-    axes.legend(fontsize=7)
+    axes.set(xlabel=AXES.get(x, x), ylabel=AXES.get(y, y))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+    axes.xaxis.set_major_locator(FixedLocator(sorted({row[x] for row in rows})))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.25, linewidth=0.5)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     print(f"written: {path}")
