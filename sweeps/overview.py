@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import track
 from tabulate import tabulate
 
 from sweeps.composing import jobs_of
@@ -72,7 +74,9 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        every = list(pool.map(standing_of, names, [words] * len(names)))
+        found, terminal = pool.map(standing_of, names, [words] * len(names)), Console(stderr=True)
+        quiet = not terminal.is_terminal
+        every = list(track(found, "counting jobs", len(names), console=terminal, transient=True, disable=quiet))
     together = {run: state for each in every for run, state in each.runs.items()}
     rows = [*(row(each.name, each.runs) for each in every), row("all, shared runs once", together)]
     headers = ["sweep", "jobs", *STATES, "time needed"]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import ROOT, compose_config, tiny_words
 
 from analysis.arms import declared, described, load, references
 from analysis.behind import read, write
+from analysis.pack import pack, thinned
 from analysis.published import by_arm, differences, published, routing_curves
 from analysis.report import main, report
 from training.job import FINISHED, run
@@ -63,6 +65,26 @@ def spoiled(
     for file in without:
         (folder / file).unlink()
     return folder
+
+
+def test_runs_brought_home_in_an_archive_give_the_same_tables(runs, tmp_path):
+    archive = tmp_path / "runs.tar.xz"
+    spoiled(runs, "switch_16-s0", "switch_16-s2-00000001", without=("result.json",))
+    assert pack(runs, archive) == (10, 1)
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "home", filter="data")
+    home = tmp_path / "home" / "runs"
+    assert not any("checkpoints" in str(path) for path in home.rglob("*"))
+    for name in ("whole", "packed"):
+        report("modules", runs if name == "whole" else home, tmp_path / name)
+    tables = [files_of(tmp_path / name / "smoke" / "modules") for name in ("whole", "packed")]
+    assert tables[0] == tables[1]
+    with pytest.raises(FileExistsError):
+        pack(runs, archive)
+    text = "".join(f'{{"step": {n}}}\n' + f'{{"step": {n}, "val/ce": 1}}\n' * (n % 50 == 0) for n in range(1, 1001))
+    lines = thinned(text).splitlines()
+    assert sum("val/ce" in line for line in lines) == 20 and len(lines) == 70
+    assert lines[-1] == text.splitlines()[-1]
 
 
 def test_one_of_each_kind_of_bad_run_is_named_and_moves_no_number(runs, tmp_path):
