@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -163,6 +164,40 @@ def test_a_killed_copy_goes_on_and_its_torn_end_is_cut_off(corpus_of, monkeypatc
         file.write(b'{"text": "Page 5')
     monkeypatch.setattr(data.hub, "count_characters", lambda row: len(row["text"]))
     assert list(corpus.documents("train")) == whole
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1  # a letter becomes another one: the line stays JSON
+    {
+        "flip": lambda: path.write_bytes(content),
+        "cut": lambda: os.truncate(path, len(content) // 3),
+        "missing": path.unlink,
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "missing"])
+def test_a_half_made_copy_that_is_damaged_is_made_anew(how, corpus_of, monkeypatch, tmp_path, capsys):
+    whole = list(corpus_of("openwebtext", cache=str(tmp_path / "whole")).documents("train"))
+    monkeypatch.setattr(data.hub, "SAVE_EVERY", 7)
+    corpus, count = corpus_of("openwebtext"), data.hub.count_characters
+
+    def killed(row):
+        if row["text"].startswith("Page 50."):
+            raise SystemExit
+        return len(row["text"])
+
+    monkeypatch.setattr(data.hub, "count_characters", killed)
+    with pytest.raises(SystemExit):
+        list(corpus.documents("train"))
+    [rows] = tmp_path.glob("hub/*/train.jsonl")
+    damage(rows, how)
+    monkeypatch.setattr(data.hub, "count_characters", count)
+    capsys.readouterr()
+    assert list(corpus.documents("train")) == whole
+    assert "from row 0 on" in capsys.readouterr().out
+    assert list(corpus_of("openwebtext").documents("train")) == whole
+    assert "copying" not in capsys.readouterr().out  # what was sealed is what is there
 
 
 def test_of_a_branch_the_commit_is_named_and_noted_and_of_a_pin_nothing(corpus_of, hub, tmp_path, capsys, monkeypatch):
