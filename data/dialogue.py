@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from data.corpora import Document, Segment, find_files, paths_digest, read_lines, split_paths
 from data.records import digest_of
-from data.splits import Division, hash_of, shares_to_draw
+from data.splits import Division, hash_of, shares_to_draw, text_key
 
 RESPONSES = ("last", "others", "all")
 
@@ -152,7 +152,7 @@ def _join(said: list[Turn]) -> Turn:
 
 def key_of(turns: Iterable[Turn]) -> str:
     """Equal for dialogues of the same words in the same turns, whoever speaks."""
-    return "\n".join(" ".join(turn.text.split()) for turn in turns)
+    return "\n".join(text_key(turn.text) for turn in turns)
 
 
 def alternate(utterances: Iterable[Any]) -> list[Turn]:

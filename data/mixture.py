@@ -17,7 +17,7 @@ import tokenizers
 import torch
 
 from data.corpora import Corpus, Document, segments
-from data.prepare import NotPrepared, Part, Prepared, prepare
+from data.prepare import NotPrepared, Part, Prepared, code_digest, prepare
 from data.records import digest_of, read_record, write_record
 from data.shards import token_counts
 from data.splits import SPLITS
@@ -129,7 +129,9 @@ def _one_dictionary(
     """The dictionary, read from a file; it is trained on the mixture first if it is none that was made before."""
     if getattr(dictionary, "file", "needs none") is not None:
         return dictionary
-    folder = cache / f"{digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__])[:32]}.dictionary"
+    code = code_digest(mixture, *mixture.corpora.values(), dictionary)
+    key = digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__, code])
+    folder = cache / f"{key[:32]}.dictionary"
     if not build:
         if not (folder / "record.json").exists():
             raise NotPrepared(f"the mixture is not prepared in {cache}")

@@ -61,10 +61,9 @@ def prepare(
     """
     try:
         # Another source, option, tokenizer library or code: another folder.
-        files = {Path(__file__).with_name(name) for name in CODE}
-        files |= {Path(inspect.getfile(type(part))) for part in (corpus, dictionary)}
-        source, code = corpus.digest(), sorted(map(file_digest, files))
-        folder = cache / digest_of([source, dictionary.digest(), tokenizers.__version__, code])[:32]
+        source = corpus.digest()
+        key = [source, dictionary.digest(), tokenizers.__version__, code_digest(corpus, dictionary)]
+        folder = cache / digest_of(key)[:32]
         if not build:
             if not folder.exists():
                 raise NotPrepared(f"the corpus is not prepared in {cache}")
@@ -81,6 +80,12 @@ def prepare(
             return open_prepared(folder)
     except OSError as error:
         raise ValueError(f"the corpus cannot be prepared in {cache}: {error}") from error
+
+
+def code_digest(*parts: Corpus | Dictionary) -> str:
+    """Of the code that decides what is prepared with these corpora and dictionaries."""
+    files = {Path(__file__).with_name(name) for name in CODE} | {Path(inspect.getfile(type(part))) for part in parts}
+    return digest_of(sorted(map(file_digest, files)))
 
 
 def open_prepared(folder: Path) -> Prepared:

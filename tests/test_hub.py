@@ -77,6 +77,14 @@ def test_every_set_has_three_splits_without_a_document_in_two(name, corpus_of):
         assert sum(map(len, begins.values())) == len(set().union(*begins.values()))
 
 
+def test_a_text_of_other_line_ends_is_the_same_text(corpus_of, monkeypatch):
+    texts = ["one\ntwo\n", "one\r\ntwo\r\n", "one  two"]
+    rows = {split: [{"text": text}, {"text": split}] for split, text in zip(SPLITS, texts)}
+    monkeypatch.setattr(HubFiles, "rows", lambda self, split: rows[split])
+    corpus = corpus_of("wikitext103", document_start=None)
+    assert documents(corpus) == {"train": ["train"], "validation": ["validation"], "test": [texts[2], "test"]}
+
+
 @pytest.mark.parametrize("name", ["wikitext103", "bst"])
 def test_what_stands_in_the_files_of_two_splits_is_left_out_of_training(name, corpus_of):
     corpus = corpus_of(name)

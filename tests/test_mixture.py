@@ -7,8 +7,9 @@ import torch
 from conftest import compose_config
 from test_training import folder_of
 
+import data.prepare
 from data.mixed_batches import MixedBatches, MixedSplit, open_split
-from data.mixture import Mixture, schedule, whole_shares
+from data.mixture import Mixture, prepare_mixture, schedule, whole_shares
 from data.tokenizer import END, BytePairs, decode, load_tokenizer
 from training.job import FINISHED, open_run, run
 from training.preflight import read
@@ -181,18 +182,34 @@ def test_what_is_wrong_with_a_mixture_is_one_line(word, message, words):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+class Letters:
+    def __init__(self, letter):
+        self.letter = letter
+
+    def documents(self, split):
+        yield from [self.letter] * 6
+
+    def digest(self):
+        return self.letter
+
+
+def mixture_of_letters() -> Mixture:
+    return Mixture({name: {"corpus": lambda name=name: Letters(name)} for name in "ab"}, {"a": 1, "b": 2})
+
+
+def test_a_dictionary_that_other_code_made_is_made_anew(tmp_path, monkeypatch):
+    prepare_mixture(mixture_of_letters(), BytePairs(258, None), tmp_path, lambda line: None)
+    digest = data.prepare.file_digest
+    for name in ("tokenizer.py", "mixture.py"):
+        before = set(tmp_path.glob("*.dictionary"))
+        other = lambda path, name=name: "another" if path.name == name else digest(path)  # noqa: E731
+        monkeypatch.setattr(data.prepare, "file_digest", other)
+        prepare_mixture(mixture_of_letters(), BytePairs(258, None), tmp_path, lambda line: None)
+        assert len(set(tmp_path.glob("*.dictionary")) - before) == 1
+
+
 def test_the_dictionary_sees_documents_in_turn():
-    class Letters:
-        def __init__(self, letter):
-            self.letter = letter
-
-        def documents(self, split):
-            yield from [self.letter] * 6
-
-        def digest(self):
-            return self.letter
-
-    mixture = Mixture({name: {"corpus": lambda name=name: Letters(name)} for name in "ab"}, {"a": 1, "b": 2})
+    mixture = mixture_of_letters()
     text = "".join(str(document) for document in mixture.documents("train"))
     assert text == "babbabbab"  # until b has no more
     assert BytePairs(258, None).size() == 258

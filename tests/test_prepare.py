@@ -188,6 +188,16 @@ def test_the_key_follows_everything_and_the_fingerprint_the_data(corpus, tmp_pat
     assert changed.folder != other_code.folder and changed.fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("name", data.prepare.CODE)
+def test_what_other_code_prepared_is_prepared_anew(name, corpus, tmp_path, monkeypatch):
+    first = prepare(corpus, Bytes(), tmp_path / "cache", lambda line: None)
+    assert prepare(corpus, Bytes(), tmp_path / "cache", pytest.fail).folder == first.folder
+    digest = data.prepare.file_digest
+    monkeypatch.setattr(data.prepare, "file_digest", lambda path: "another" if path.name == name else digest(path))
+    with pytest.raises(data.prepare.NotPrepared):
+        prepare(corpus, Bytes(), tmp_path / "cache", build=False)
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 4
