@@ -181,7 +181,7 @@ def test_a_file_that_is_no_dictionary_or_anothers_is_refused_in_one_line(tmp_pat
     gap = Tokenizer(models.WordLevel({"<|end|> ": 0, "<|begin|> ": 1, "a": 7}, "a"))
     gap.save(str(tmp_path / "gap.json"))
     refused = [
-        (words, BytePairs, "must hold a BPE dictionary; .* is WordLevel"),
+        (words, BytePairs, "must hold a BPE dictionary; .* does not"),
         (f"{tmp_path}/nothing", BytePairs, "no dictionary that can be read"),
         (f"{tmp_path}/text", BytePairs, "no dictionary that can be read"),
         (f"{tmp_path}/cache", BytePairs, "no dictionary that can be read"),
@@ -199,6 +199,47 @@ def test_a_file_that_is_no_dictionary_or_anothers_is_refused_in_one_line(tmp_pat
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         Words(None, 1, True, str(path))
     assert data.dictionary_files.find_dictionary(words) == path
+
+
+def changed(made: Tokenizer, path: Path, **parts) -> str:
+    """The file of a dictionary with other parts: of its model, or beside it."""
+    content = json.loads(made.to_str())
+    for name, value in parts.items():
+        (content["model"] if name in content["model"] else content)[name] = value
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+LOWER, SPACES = {"type": "Lowercase"}, {"type": "WhitespaceSplit"}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"content": "the cat", "special": False, "single_word": False, "lstrip": True, "rstrip": False}
+OTHERWISE = [  # what would drop text, change it, or encode units otherwise than the whole
+    (BytePairs, {"pre_tokenizer": None}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": LEVEL | {"use_regex": False}}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPACES, LEVEL]}}, "cut text as those"),
+    (BytePairs, {"normalizer": LOWER}, "change no text"),
+    (BytePairs, {"end_of_word_suffix": "</w>"}, "have no dropout, continuing_subword_prefix, end_of_word_suffix"),
+    (BytePairs, {"dropout": 0.5}, "have no dropout"),
+    (BytePairs, {"added_tokens": [ADDED | {"id": 5, "normalized": False}]}, "have no added token besides special ones"),
+    (Words, {"pre_tokenizer": None}, "cut text as those made here do"),
+    (Words, {"pre_tokenizer": SPACES}, "cut text as those made here do"),
+    (Words, {"normalizer": LOWER}, "change no text"),
+    (Words, {"unk_token": "[UNK]"}, r"have an entry for its unknown word \[UNK\]"),
+]
+
+
+@pytest.mark.parametrize(("kind", "parts", "rule"), OTHERWISE)
+def test_a_loaded_dictionary_never_drops_or_changes_text(kind, parts, rule, tmp_path):
+    options = (300,) if kind is BytePairs else (None, 1, True)
+    texts = odd_texts(50)
+    made = kind(*options, None).make([*texts, "the cat"])
+    same = kind(*options, changed(made, tmp_path / "same.json")).make([])
+    assert all(ids.tolist() == encode(made, text) for text, ids in zip(texts, Encoder(same)(texts)))
+    file = changed(made, tmp_path / "other.json", **parts)
+    with pytest.raises(ValueError, match=f"tokenizer.file={file} must .*{rule}") as error:
+        kind(*options, file)
+    assert "\n" not in str(error.value)
 
 
 # sizes that only the text tells, and figures by another way
