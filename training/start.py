@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 
 from data.dictionary_files import find_dictionary
+from data.prepare import Prepared
+from data.source import length_of_source
+from training.build import outline, source_length
 from training.compose import ROOT
 from training.folder import has_weights, is_finished
 from training.identity import without_unused
@@ -134,6 +137,27 @@ def take_dictionary(settings: Settings, planned: Sequence[Run]) -> None:
         require_same_dictionary(find_dictionary(given), dictionary, f"tokenizer.file={given}")
     if "file" in settings.tokenizer:  # bytes are the same everywhere
         settings.tokenizer["file"] = str(dictionary)
+
+
+def require_same_positions(settings: Settings, prepared: Prepared, planned: Sequence[Run]) -> None:
+    """ValueError if something in train.init_from is sized by what its encoder and decoder read, and they read another
+    part of the window here: an encoder has half of a plain text and the whole of a dialogue."""
+    if settings.model.encoder_layers == 0:
+        return
+    maker, data = earlier(settings.train.init_from or "", planned), settings.data
+    if maker:
+        splits = maker.prepared.splits
+    else:
+        splits = json.loads((Path(settings.train.init_from or "") / "provenance.json").read_text())["data"]["splits"]
+    of_dialogues = any(figures["counted"] < figures["tokens"] for figures in splits.values())
+    theirs = length_of_source(data.source_length, data.sequence_length, of_dialogues)
+    lengths = source_length(settings, prepared), theirs
+    mine, other = (outline(settings, prepared.vocab_size, length).state_dict() for length in lengths)
+    for name, tensor in mine.items():
+        if tensor.shape != other[name].shape:
+            kinds = ("plain text", "dialogues") if of_dialogues else ("dialogues", "plain text")
+            rule = f"must have read {kinds[0]}, as this run does, for {name} has a place for each token that is read"
+            raise ValueError(f"train.init_from={settings.train.init_from} {rule}; it has read {kinds[1]}")
 
 
 def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
