@@ -245,7 +245,8 @@ def test_another_dictionary_than_that_of_the_start_is_refused(tiny, first, tmp_p
     with pytest.raises(ValueError, match=r"tokenizer\._target_ must be that of train\.init_from="):
         read(compose_config(*tiny, *chosen, f"train.init_from={start}", "tokenizer=bytes"))
     same = open_run(read(compose_config(*tiny, *chosen, f"train.init_from={start}", "data.vocab_size=290")))
-    assert same.prepared.vocab_size == 300  # its dictionary, whatever vocab_size says
+    # its dictionary, whatever vocab_size says, which says so from then on
+    assert same.prepared.vocab_size == same.settings.data.vocab_size == same.settings.tokenizer["vocab_size"] == 300
 
 
 def look_finished(opened):
@@ -254,7 +255,7 @@ def look_finished(opened):
     (opened.folder / "checkpoints" / "1" / "model.safetensors").touch()
     (opened.folder / "result.json").touch()
     (opened.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(opened.settings)))
-    data = {"cache_key": opened.prepared.folder.name, "splits": opened.prepared.splits}
+    data = {"cache_key": opened.prepared.folder.name, "splits": opened.prepared.splits, "vocab_size": 300}
     (opened.folder / "provenance.json").write_text(json.dumps({"data": data}))
 
 
