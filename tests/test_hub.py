@@ -319,6 +319,7 @@ def comment(name: str, parent: str, thread: str = "t3_t", author: str | None = N
 
 
 THREAD = [comment("a", "t3_t"), comment("b", "t1_a"), comment("c", "t1_a"), comment("d", "t1_b"), comment("e", "t3_t")]
+FORKED = [*THREAD, comment("g", "t1_b"), comment("h", "t1_g")]  # below the root as well
 
 
 def test_paths_go_from_roots_to_leaves_and_count_each_comment_once():
@@ -328,6 +329,15 @@ def test_paths_go_from_roots_to_leaves_and_count_each_comment_once():
     made = [document for path in paths for document in Form("all", None, "[{}]").documents(path)]
     counted = Counter(segment.text.strip() for document in made for segment in document if segment.counted)
     assert counted == {"x b": 1, "x d": 1, "x c": 1}
+
+
+def test_a_comment_on_several_paths_counts_on_the_first_alone():
+    paths = [path for _, path in comment_trees.dialogues(lambda: FORKED)]
+    assert ["".join(turn.text[-1] for turn in path) for path in paths] == ["abd", "abgh", "ac", "e"]
+    assert ["".join(turn.text[-1] for turn in path if not turn.again) for path in paths] == ["abd", "gh", "c", "e"]
+    made = [document for path in paths for document in Form("all", None, "[{}]").documents(path)]
+    counted = [segment.text.strip() for document in made for segment in document if segment.counted]
+    assert [word[-1] for text in counted for word in text.splitlines()] == list("bdghc")
 
 
 def test_what_answers_a_deleted_or_missing_comment_begins_a_path_of_its_own():

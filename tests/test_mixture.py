@@ -8,6 +8,7 @@ from conftest import compose_config
 from test_training import folder_of
 
 import data.prepare
+from data.dictionary_files import find_dictionary
 from data.mixed_batches import MixedBatches, MixedSplit, open_split
 from data.mixture import Mixture, prepare_mixture, schedule, whole_shares
 from data.tokenizer import END, BytePairs, decode, load_tokenizer
@@ -141,6 +142,28 @@ def test_a_run_on_a_mixture_reports_each_corpus_apart(words):
     assert [line for line in lines if "val/ce" in line][-1]["val/b/ce"] == pytest.approx(result["val/b/ce"])
     provenance = json.loads((folder / "provenance.json").read_text())
     assert set(provenance["data"]["parts"]) == {"a", "b"}
+
+
+def test_fine_tuning_on_a_mixture_keeps_its_weights_and_the_dictionary_it_starts_with(words, tiny, tmp_path):
+    first = [*tiny, "data.vocab_size=258", "train.steps=1", f"runs={tmp_path}/first"]
+    assert run(compose_config(*first)) == FINISHED
+    words = [*words, f"train.init_from={folder_of(*first)}", "train.steps=5", "train.batch_size=5"]
+    words += ["train.routing_group=5", "record.log_every=5", "record.evaluate_every=5"]
+    seen, batch = {}, MixedBatches.batch
+
+    def noted(self, step):
+        made = batch(self, step)
+        seen[step] = Counter(corpus_of(opened_run, made))
+        return made
+
+    opened_run = opened(words)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MixedBatches, "batch", noted)
+        assert run(compose_config(*words)) == FINISHED
+    assert len(seen) >= 5 and all(each == {"a": 2, "b": 3} for each in seen.values())
+    dictionaries = [(part.prepared.folder / "tokenizer.json").read_text() for part in opened_run.prepared.parts]
+    assert set(dictionaries) == {find_dictionary(str(folder_of(*first))).read_text()}
+    assert json.loads((opened_run.folder / "result.json").read_text())["val/b/tokens"] > 0
 
 
 def test_the_dictionary_is_trained_on_the_mixture_and_weights_are_in_the_id(words, tmp_path):

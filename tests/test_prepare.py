@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import data.prepare
 import data.shards
 import data.tokenizer
 from data.corpora import SPLITS, TextFiles
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, open_prepared, prepare
+from data.records import read_record, write_record
 from data.tokenizer import BEGIN, END, BytePairs, Bytes, cut, decode, encode, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,19 @@ def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="token ids must be below 300; the tokenizer gives 300"):
         data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, 300], 300), id)
     assert not (tmp_path / "train.npy").exists()
+
+
+def test_an_id_that_is_not_in_the_dictionary_is_never_read(corpus, tmp_path):
+    """Also if every digest is that of the file."""
+    folder = prepare(corpus, Bytes(), tmp_path / "cache").folder
+    meta = read_record(folder / "meta.json")
+    tokens = np.load(folder / "test.npy")
+    for highest, fits in ((257, True), (258, False)):
+        tokens[3] = highest
+        np.save(folder / "test.npy", tokens)
+        write_record(folder / "meta.json", {"splits": meta["splits"]}, meta["files"])
+        with nullcontext() if fits else pytest.raises(ValueError, match="test.npy must have ids below 258; it has 258"):
+            assert open_prepared(folder).tokens["test"][3] == highest
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
