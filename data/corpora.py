@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import nsmallest
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data.records import digest_of, file_digest
 from data.splits import SPLITS, Division, checked_shares, draw_split, hash_of, shares_to_draw, text_key
@@ -159,12 +159,27 @@ class TextFiles:
 
     def _text_in(self, line: str, path: Path, number: int) -> str:
         try:
-            text = json.loads(line)[self.text_field]
+            text = parsed(line)[self.text_field]
             text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 holds
             return text
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except BAD_LINE as error:
             rule = f"must be a JSON object with a string {self.text_field!r}"
-            raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path}, line {number}: {rule}: {reason(error)}") from error
+
+
+BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a line can raise
+
+
+def parsed(line: str) -> Any:
+    """What a line of JSON holds. ValueError if it is none."""
+    try:
+        return json.loads(line.strip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON, or cut off: {error.msg} at character {error.pos + 1}") from error
+
+
+def reason(error: Exception) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def compiled(**option: str | None) -> re.Pattern[str] | None:

@@ -21,7 +21,7 @@ from data.prepare import NotPrepared, Part, Prepared, code_digest, prepare
 from data.records import digest_of, read_record, write_record
 from data.shards import token_counts
 from data.splits import SPLITS
-from data.tokenizer import Dictionary
+from data.tokenizer import Dictionary, is_trained
 
 LONGEST_PERIOD = 100_000
 
@@ -127,7 +127,7 @@ def _one_dictionary(
     mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None], build: bool
 ) -> Dictionary:
     """The dictionary, read from a file; it is trained on the mixture first if it is none that was made before."""
-    if getattr(dictionary, "file", "needs none") is not None:
+    if not is_trained(dictionary):
         return dictionary
     code = code_digest(mixture, *mixture.corpora.values(), dictionary)
     key = digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__, code])

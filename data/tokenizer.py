@@ -42,6 +42,11 @@ class Dictionary(Protocol):
         ...
 
 
+def is_trained(dictionary: Dictionary) -> bool:
+    """On the text; else it is loaded, or the same for every text."""
+    return getattr(dictionary, "file", "none needed") is None
+
+
 @dataclass
 class BytePairs:
     """Byte-level BPE of exactly vocab_size entries, from the first TRAIN_BYTES of the text; or that of a file."""

@@ -195,6 +195,12 @@ def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
         ("a.jsonl", b'{"body": "x"}\n', {}, r"a\.jsonl, line 1: must be .* with a string 'text'"),
         ("a.jsonl", b'["text"]\n', {}, r"a\.jsonl, line 1: must be a JSON object"),
         ("a.jsonl", b'\n{"text": \n', {}, r"a\.jsonl, line 2: must be a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "cut\n',
+            {},
+            r"a\.jsonl, line 2: .*: it is no JSON, or cut off: Unterminated",
+        ),
         ("a.jsonl", b"[" * 100_000, {}, r"a\.jsonl, line 1: must be a JSON object"),
         ("a.jsonl", rb'{"text": "\ud800"}', {}, r"a\.jsonl, line 1: must be .* UnicodeEncodeError"),
         ("a.txt", b"x", {"document_start": "("}, r"document_start='\(' is no regular expression"),

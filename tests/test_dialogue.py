@@ -184,7 +184,7 @@ BAD = [
     ("turns", b'{"turns": [["A", "a"], "B"]}', r"turn 2 must be a list of a speaker and a text"),
     ("turns", b'{"turns": [["A", "a"], ["A", "b"]]}', r"a\.jsonl holds no dialogue of two speakers"),
     ("turns", rb'{"turns": [["A", "a"], ["B", "\ud800"]]}', r"line 1: .* UnicodeEncodeError"),
-    ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b'{"turns": [', r"line 2: .* JSONDecodeError"),
+    ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b'{"turns": [', r"line 2: .* it is no JSON, or cut off"),
     ("turns", b"[" * 100_000, r"line 1: .* RecursionError"),
     ("turns", b"fine\n\xff", r"a\.jsonl, line 1: no dialogue"),
     ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b"\xff\n", r"a\.jsonl, line 2: damaged, or not UTF-8"),
@@ -268,7 +268,9 @@ def test_what_is_prepared_counts_the_responses_byte_by_byte(tmp_path):
     make_folders(tmp_path)
     config = compose_config("data=dailydialog", f"data.folder={tmp_path}")
     made, options = target(OmegaConf.to_container(config.data.corpus, resolve=True))
-    prepared = prepare(made(**options), Bytes(), tmp_path / "cache", lambda line: None)
+    said: list[str] = []
+    prepared = prepare(made(**options), Bytes(), tmp_path / "cache", said.append)
+    assert "test: 8 documents, 184 bytes, 192 tokens that count, 288 tokens of context" in said[1]
     for split, file in (("train", "train"), ("validation", "valid"), ("test", "test")):
         # A dialogue is "[1] F N 0 .\n[2] F N 1 .\n[1] F N 2 .\n[2] F N 3 ."; the second speaker's two turns count.
         turn = len(f"{file} 0 0 .")

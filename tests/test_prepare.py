@@ -324,7 +324,7 @@ def test_a_preparer_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(corpu
 
 
 def test_a_failure_leaves_no_half_made_cache(tmp_path):
-    corpus = write_documents(tmp_path, train=["ab"], validation=["ab"], test=["   "])
+    corpus = write_documents(tmp_path, train=["ab"], validation=["a"], test=["   "])
     with pytest.raises(ValueError, match="the test split of the corpus is empty"):
         prepare(corpus, BytePairs(258, None), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -359,10 +359,34 @@ def test_files_of_nothing_or_of_one_line_are_no_corpus_of_three_splits(tmp_path)
         path = tmp_path / f"{number}.txt"
         path.write_text(content)
         corpus = TextFiles(str(path), None, None, 0.1, 0.1, None, "text", 0, 0)
-        with pytest.raises(ValueError, match="the .* split of the corpus is empty") as error:
+        names = "validation and test" if content.strip() else "train, validation and test"
+        with pytest.raises(ValueError, match=f"the {names} splits of the corpus are empty: .*") as error:
             prepare(corpus, Bytes(), tmp_path / "cache")
         assert "\n" not in str(error.value)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_too_few_files_to_divide_are_counted_and_the_options_named(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    corpus = TextFiles(f"{tmp_path}/[01].txt", None, f"{tmp_path}/2.txt", 1e-9, 0.0, None, "text", 0, 0)
+    with pytest.raises(ValueError, match="split of the corpus is empty") as error:
+        prepare(corpus, BytePairs(9000, None), tmp_path / "cache", pytest.fail)
+    assert str(error.value) == (
+        "the validation split of the corpus is empty: it has documents with text: 2 in train, 0 in validation, "
+        "1 in test; what divides it: validation_files=null, validation_share=1e-09, document_start=null"
+    )
+
+
+def test_what_is_said_of_a_preparation_is_what_is_done(corpus, tmp_path):
+    said: list[str] = []
+    trained = prepare(corpus, BytePairs(300, None), tmp_path / "cache", said.append)
+    assert said[0] == "preparing the corpus: making a dictionary of 300 entries"
+    for dictionary, size in ((BytePairs(900, str(trained.folder)), 300), (Bytes(), 258)):
+        said.clear()
+        prepare(corpus, dictionary, tmp_path / "cache", said.append)
+        assert said[0] == f"preparing the corpus: the dictionary has {size} entries"
+        assert not any("making" in line for line in said)
 
 
 def test_one_line_for_each_split_is_a_corpus(tmp_path):
