@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import compose_config
+from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 
 from data.corpora import SPLITS, Segment
-from data.dialogue import Dialogues, Form, Turn
+from data.dialogue import READERS, Dialogues, Form, Turn
 from data.prepare import prepare
 from data.tokenizer import Bytes
 from training.job import FINISHED, run
@@ -106,6 +106,13 @@ def test_the_three_formats_hold_the_same_dialogue(tmp_path):
     for name, (file, content) in files.items():
         corpus = dialogues(write(tmp_path / file, content), format=name, responses="others")
         assert list(corpus.documents("train")) == [tuple(expected)], name
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_line_that_readme_shows_of_each_format_is_one(name, tmp_path):
+    [line] = re.findall(rf"^    {name} +(.*)$", (ROOT / "README.md").read_text(), re.M)
+    corpus = dialogues(write(tmp_path / "a", f"{line}\n"), format=name)
+    assert [text(document) for document in corpus.documents("train")] == ["[1] Good morning.\n[2] Hello! You too."]
 
 
 def test_a_dialogue_of_one_speaker_is_left_out(tmp_path):
