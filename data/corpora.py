@@ -175,7 +175,8 @@ def parsed(line: str) -> Any:
     try:
         return json.loads(line.strip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON, or cut off: {error.msg} at character {error.pos + 1}") from error
+        what = error.msg.removesuffix(" starting at")
+        raise ValueError(f"it is no JSON, or cut off: {what} at character {error.pos + 1}") from error
 
 
 def reason(error: Exception) -> str:

@@ -112,7 +112,7 @@ def _build(corpus: Corpus, dictionary: Dictionary, source: str, folder: Path, sa
     What a killed process has finished stays in that folder for the next; what failed is taken away.
     """
     began, partial = time.monotonic(), folder.with_suffix(".partial")
-    _require_documents(corpus)
+    require_documents(corpus)
     partial.mkdir(exist_ok=True)
     try:
         with Meter(say) as meter:
@@ -157,7 +157,7 @@ def _make_dictionary(
             say(f"preparing the corpus: the dictionary has {tokenizer.get_vocab_size():,} entries")
 
 
-def _require_documents(corpus: Corpus) -> None:
+def require_documents(corpus: Corpus) -> None:
     """ValueError, before any work, that names the splits without a document and what divides the corpus."""
     empty = [split for split in SPLITS if not any(map(visible, corpus.documents(split)))]
     if not empty:

@@ -231,6 +231,13 @@ def test_a_dictionary_that_other_code_made_is_made_anew(tmp_path, monkeypatch):
         assert len(set(tmp_path.glob("*.dictionary")) - before) == 1
 
 
+def test_an_empty_corpus_of_a_mixture_is_named_before_a_dictionary_is_made(tmp_path):
+    mixture = mixture_of_letters()
+    mixture.corpora["b"] = Letters(" ")
+    with pytest.raises(ValueError, match="^data.corpus.parts.b: the train, validation and test splits .* are empty: "):
+        prepare_mixture(mixture, BytePairs(258, None), tmp_path, pytest.fail)
+
+
 def test_the_dictionary_sees_documents_in_turn():
     mixture = mixture_of_letters()
     text = "".join(str(document) for document in mixture.documents("train"))
