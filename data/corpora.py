@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import nsmallest
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data.records import digest_of, file_digest
-from data.splits import SPLITS, Division, checked_shares, draw_split, hash_of, shares_to_draw
+from data.splits import SPLITS, Division, checked_shares, draw_split, hash_of, shares_to_draw, text_key
 
 
 class Segment(NamedTuple):
@@ -72,7 +72,7 @@ class StandardLibrary:
         splits: dict[int, str] = {}
         for name in self.files:
             text = (self.root / name).read_bytes().decode()
-            if splits.setdefault(hash_of(text.strip()), draw_split(name, self.shares)) == split:
+            if splits.setdefault(hash_of(text_key(text)), draw_split(name, self.shares)) == split:
                 yield text
 
     def _walk(self, folder: str) -> Iterator[str]:
@@ -90,7 +90,7 @@ class TextFiles:
     A line of .jsonl is an object with one in `text_field`. Held out are files of their own or shares drawn by a hash of
     the text; validation_more, test_more: besides, so many titles of the training files, those with the lowest hashes.
     A document's title is its first line that is not blank. What stands in the files of two splits is left out of one
-    (see Division): equal texts or, with validation_more or test_more, documents of one title.
+    (see Division): texts of the same words or, with validation_more or test_more, documents of one title.
     Raises ValueError for what cannot be read or drawn.
     """
 
@@ -146,8 +146,7 @@ class TextFiles:
 
     def _key(self, text: str) -> str:
         """What decides the split of a text: its title, or all of it."""
-        text = text.strip()
-        return text.partition("\n")[0].strip() if self.validation_more + self.test_more else text
+        return text_key(text.strip().partition("\n")[0] if self.validation_more + self.test_more else text)
 
     def _texts(self, part: str) -> Iterator[str]:
         return (text for path in self.paths[part] for text in self._read(path))
@@ -160,12 +159,28 @@ class TextFiles:
 
     def _text_in(self, line: str, path: Path, number: int) -> str:
         try:
-            text = json.loads(line)[self.text_field]
+            text = parsed(line)[self.text_field]
             text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 holds
             return text
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except BAD_LINE as error:
             rule = f"must be a JSON object with a string {self.text_field!r}"
-            raise ValueError(f"{path}, line {number}: {rule}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path}, line {number}: {rule}: {reason(error)}") from error
+
+
+BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading a line can raise
+
+
+def parsed(line: str) -> Any:
+    """What a line of JSON holds. ValueError if it is none."""
+    try:
+        return json.loads(line.strip())
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" starting at")
+        raise ValueError(f"it is no JSON, or cut off: {what} at character {error.pos + 1}") from error
+
+
+def reason(error: Exception) -> str:
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 def compiled(**option: str | None) -> re.Pattern[str] | None:

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.corpora import Document, Segment, find_files, paths_digest, read_lines, split_paths
+from data.corpora import BAD_LINE, Document, Segment, find_files, parsed, paths_digest, read_lines, reason, split_paths
 from data.records import digest_of
-from data.splits import Division, hash_of, shares_to_draw
+from data.splits import Division, hash_of, shares_to_draw, text_key
 
 RESPONSES = ("last", "others", "all")
 
@@ -136,8 +136,8 @@ class Dialogues:
             try:
                 turns = found()
                 check(turns)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path}, {place}: no dialogue of format={self.format}: {_reason(error)}") from error
+            except BAD_LINE as error:
+                raise ValueError(f"{path}, {place}: no dialogue of format={self.format}: {reason(error)}") from error
             if len({turn.speaker for turn in turns}) > 1:  # else nothing in it is a response
                 empty = False
                 yield turns
@@ -152,7 +152,7 @@ def _join(said: list[Turn]) -> Turn:
 
 def key_of(turns: Iterable[Turn]) -> str:
     """Equal for dialogues of the same words in the same turns, whoever speaks."""
-    return "\n".join(" ".join(turn.text.split()) for turn in turns)
+    return "\n".join(text_key(turn.text) for turn in turns)
 
 
 def alternate(utterances: Iterable[Any]) -> list[Turn]:
@@ -172,7 +172,7 @@ def check(turns: list[Turn]) -> None:
 
 def _read_turns(path: Path) -> "Places":
     def turns(line: str) -> list[Turn]:
-        found = json.loads(line)["turns"]
+        found = parsed(line)["turns"]
         if not isinstance(found, list):
             raise ValueError(f"turns must be a list; got {str(found)[:40]!r}")
         for place, turn in enumerate(found, 1):
@@ -211,10 +211,6 @@ def _read_utterances(path: Path) -> "Places":
         raise ValueError(f"{path}, line 1: must hold a JSON list of dialogues; got {str(items)[:40]!r}")
     for number, item in enumerate(items, 1):
         yield f"dialogue {number}", lambda item=item: turns(item)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 Places = Iterator[tuple[str, Callable[[], list[Turn]]]]  # where a dialogue stands in its file, and what makes its turns

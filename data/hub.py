@@ -1,6 +1,7 @@
 """Sets on the Hugging Face hub: their rows are streamed once into a local copy, which a stopped run goes on with."""
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -72,39 +73,46 @@ class HubFiles:
         return path
 
     def _copy(self, split: str, path: Path, note: Path, state: dict) -> None:
-        """Stream rows to `path`, from where `state` says, or from the start if that was another commit or library."""
+        """Stream rows to `path`, from where `state` says, or from the start if that was another commit or library, or
+        if the rows noted there are not those in `path`."""
         versions = {"commit": self._commit(), "datasets": _library().__version__}
-        if {key: state.get(key) for key in versions} != versions:
-            state = {**versions, "stream": None, "bytes": 0, "rows": 0, "characters": 0}
+        path.touch()
+        written = _digest_of_first(path, state.get("bytes", 0))
+        if versions | {"written": written.hexdigest()} != {key: state.get(key) for key in (*versions, "written")}:
+            state, written = {**versions, "stream": None, "bytes": 0, "rows": 0, "characters": 0}, hashlib.sha256()
         print(f"copying the {split} rows of {self.repository} to {path}, from row {state['rows']:,} on")
         if versions["commit"] not in ("", self.revision):
             print(f"{self.revision} is a branch; the same rows elsewhere: data.corpus.revision={versions['commit']}")
         stream = self._stream(split, versions["commit"])
         if state["stream"] is not None:
             stream.load_state_dict(state["stream"])
-        with path.open("r+b" if path.exists() else "wb") as file:
+        with path.open("r+b") as file:
             file.truncate(state["bytes"])
             file.seek(state["bytes"])
             try:
-                self._write(stream, state, file, note)
+                self._write(stream, state, file, written, note)
             except Exception as error:  # of the network, the hub, a file format: many libraries' own
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 at = f"{self.repository}: the stream broke after {state['rows']:,} rows of {split}"
                 raise ValueError(f"{at}; start again and it goes on: {reason}") from error
-        _write_note(note, state | {"sha256": file_digest(path)})
+        _write_note(note, state | {"sha256": written.hexdigest()})
 
-    def _write(self, stream: Any, state: dict, file: Any, note: Path) -> None:
+    def _write(self, stream: Any, state: dict, file: Any, written: Any, note: Path) -> None:
+        """written: the sha256 of the file so far, which goes on with it."""
         limit = self.characters or float("inf")
         iterator = iter(stream)
         try:
             while state["characters"] < limit and (row := next(iterator, None)) is not None:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+                file.write(line)
+                written.update(line)
                 state["rows"] += 1
                 state["characters"] += count_characters(row)
                 if state["rows"] % SAVE_EVERY == 0:
                     file.flush()
                     os.fsync(file.fileno())
-                    _write_note(note, state | {"stream": stream.state_dict(), "bytes": file.tell()})
+                    reached = {"stream": stream.state_dict(), "bytes": file.tell(), "written": written.hexdigest()}
+                    _write_note(note, state | reached)
         finally:
             iterator.close()
 
@@ -148,6 +156,16 @@ def _library() -> Any:
     import datasets
 
     return datasets
+
+
+def _digest_of_first(path: Path, size: int) -> Any:
+    """The sha256 of so many bytes of a file, of all if it has fewer."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(min(size, 1 << 20)):
+            digest.update(part)
+            size -= len(part)
+    return digest
 
 
 def _read_note(note: Path) -> dict:

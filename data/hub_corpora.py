@@ -11,7 +11,7 @@ from data.corpora import Document, compiled, join_lines
 from data.dialogue import Form, Turn, alternate, key_of
 from data.hub import HubFiles
 from data.records import digest_of, file_digest
-from data.splits import Division, shares_to_draw
+from data.splits import Division, shares_to_draw, text_key
 
 
 @dataclass
@@ -42,7 +42,7 @@ class HubText:
         columns, cache = [self.text_field], Path(self.cache)
         self.source = HubFiles(self.repository, self.revision, dict(self.files), columns, self.characters, cache)
         self.shares = shares_to_draw(self.validation_share, self.test_share, self.files.get)
-        self.division = Division(self.shares, lambda split: map(str.strip, self._texts(split)))
+        self.division = Division(self.shares, lambda split: map(text_key, self._texts(split)))
 
     def digest(self) -> str:
         options = [self.document_start, self.blank_row_ends, self.empty_row, self.shares]
@@ -51,7 +51,7 @@ class HubText:
     def documents(self, split: str) -> Iterator[Document]:
         part = split if self.files[split] else "train"
         for text in self._texts(part):
-            if text.strip() and self.division.split_of(text.strip(), part) == split:
+            if text.strip() and self.division.split_of(text_key(text), part) == split:
                 yield text
 
     def _texts(self, part: str) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _knowledge(rows: Rows) -> Dialogues:
         answers = [answer for answer in _fields(row["output"], "answer") if answer]
         if said and answers:
             turns = alternate([*said, answers[0]])
-            yield turns[0].text, turns
+            yield key_of(turns[:1]), turns
 
 
 def _fields(items: Any, key: str) -> list:

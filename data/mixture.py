@@ -6,6 +6,7 @@ P period of the schedule
 import dataclasses
 import fcntl
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import reduce
 from math import ceil, gcd, lcm
@@ -17,11 +18,11 @@ import tokenizers
 import torch
 
 from data.corpora import Corpus, Document, segments
-from data.prepare import NotPrepared, Part, Prepared, prepare
+from data.prepare import NotPrepared, Part, Prepared, code_digest, prepare, require_documents
 from data.records import digest_of, read_record, write_record
 from data.shards import token_counts
 from data.splits import SPLITS
-from data.tokenizer import Dictionary
+from data.tokenizer import Dictionary, is_trained
 
 LONGEST_PERIOD = 100_000
 
@@ -91,8 +92,17 @@ def schedule(shares: list[int]) -> np.ndarray:
 def _opened(name: str, part: Any) -> Corpus:
     if not (isinstance(part, dict) and callable(part.get("corpus"))):
         raise ValueError(f"data.corpus.parts.{name} must be as a yaml of conf/data, with a corpus; got {part}")
-    try:
+    with _of_part(name):
         return part["corpus"]()
+
+
+@contextmanager
+def _of_part(name: str) -> Iterator[None]:
+    """What is wrong is said to be this corpus's."""
+    try:
+        yield
+    except NotPrepared:
+        raise
     except ValueError as error:
         raise ValueError(f"data.corpus.parts.{name}: {error}") from error
 
@@ -108,12 +118,8 @@ def prepare_mixture(
     dictionary = _one_dictionary(mixture, dictionary, cache, say, build)
     parts = []
     for name, corpus in mixture.corpora.items():
-        try:
+        with _of_part(name):
             parts.append(Part(name, mixture.shares[name], prepare(corpus, dictionary, cache, say, build)))
-        except NotPrepared:
-            raise
-        except ValueError as error:
-            raise ValueError(f"data.corpus.parts.{name}: {error}") from error
     first, total = parts[0].prepared, sum(part.share for part in parts)
     sizes = [part.prepared.splits["train"]["tokens"] for part in parts]
     scaled = [part.prepared.token_counts * (sum(sizes) * part.share / total / size) for part, size in zip(parts, sizes)]
@@ -127,9 +133,11 @@ def _one_dictionary(
     mixture: Mixture, dictionary: Dictionary, cache: Path, say: Callable[[str], None], build: bool
 ) -> Dictionary:
     """The dictionary, read from a file; it is trained on the mixture first if it is none that was made before."""
-    if getattr(dictionary, "file", "needs none") is not None:
+    if not is_trained(dictionary):
         return dictionary
-    folder = cache / f"{digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__])[:32]}.dictionary"
+    code = code_digest(mixture, *mixture.corpora.values(), dictionary)
+    key = digest_of([mixture.digest(), dictionary.digest(), tokenizers.__version__, code])
+    folder = cache / f"{key[:32]}.dictionary"
     if not build:
         if not (folder / "record.json").exists():
             raise NotPrepared(f"the mixture is not prepared in {cache}")
@@ -140,6 +148,9 @@ def _one_dictionary(
         try:
             read_record(folder / "record.json")
         except (ValueError, OSError):
+            for name, corpus in mixture.corpora.items():
+                with _of_part(name):
+                    require_documents(corpus)
             say("preparing the mixture: making its dictionary")
             texts = (part.text for document in mixture.documents("train") for part in segments(document))
             (folder / "tokenizer.json").write_text(dictionary.make(texts).to_str())

@@ -2,6 +2,7 @@
 
 import fcntl
 import inspect
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -15,9 +16,9 @@ import torch
 from data.corpora import Corpus
 from data.progress import Meter
 from data.records import digest_of, file_digest, read_record, write_record
-from data.shards import token_counts, write_split
+from data.shards import token_counts, visible, write_split
 from data.splits import SPLITS
-from data.tokenizer import Dictionary, load_tokenizer
+from data.tokenizer import Dictionary, is_trained, load_tokenizer
 
 # Together with those of the corpus and the dictionary: the code that decides what is prepared.
 CODE = ("corpora.py", "encoding.py", "prepare.py", "shards.py", "splits.py", "tokenizer.py")
@@ -61,10 +62,9 @@ def prepare(
     """
     try:
         # Another source, option, tokenizer library or code: another folder.
-        files = {Path(__file__).with_name(name) for name in CODE}
-        files |= {Path(inspect.getfile(type(part))) for part in (corpus, dictionary)}
-        source, code = corpus.digest(), sorted(map(file_digest, files))
-        folder = cache / digest_of([source, dictionary.digest(), tokenizers.__version__, code])[:32]
+        source = corpus.digest()
+        key = [source, dictionary.digest(), tokenizers.__version__, code_digest(corpus, dictionary)]
+        folder = cache / digest_of(key)[:32]
         if not build:
             if not folder.exists():
                 raise NotPrepared(f"the corpus is not prepared in {cache}")
@@ -81,6 +81,12 @@ def prepare(
             return open_prepared(folder)
     except OSError as error:
         raise ValueError(f"the corpus cannot be prepared in {cache}: {error}") from error
+
+
+def code_digest(*parts: Corpus | Dictionary) -> str:
+    """Of the code that decides what is prepared with these corpora and dictionaries."""
+    files = {Path(__file__).with_name(name) for name in CODE} | {Path(inspect.getfile(type(part))) for part in parts}
+    return digest_of(sorted(map(file_digest, files)))
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -106,6 +112,7 @@ def _build(corpus: Corpus, dictionary: Dictionary, source: str, folder: Path, sa
     What a killed process has finished stays in that folder for the next; what failed is taken away.
     """
     began, partial = time.monotonic(), folder.with_suffix(".partial")
+    require_documents(corpus)
     partial.mkdir(exist_ok=True)
     try:
         with Meter(say) as meter:
@@ -114,9 +121,9 @@ def _build(corpus: Corpus, dictionary: Dictionary, source: str, folder: Path, sa
             for split in reversed(SPLITS):  # the long one last, so that an empty one is found at once
                 meter.begin(split)
                 splits[split] = write_split(partial, split, corpus.documents(split), tokenizer, meter.add)
-                _check_split(split, splits[split])
-                figures = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(**splits[split])
-                say(f"preparing the corpus: {split}: {figures}")
+                if not splits[split]["counted"]:
+                    raise ValueError(f"the {split} split of the corpus has no token that counts in the loss")
+                say(f"preparing the corpus: {split}: {_described(splits[split])}")
         tokens = np.load(partial / "train.npy", mmap_mode="r", allow_pickle=False)
         np.save(partial / "counts.npy", token_counts(tokenizer.get_vocab_size(), tokens))
         if corpus.digest() != source:
@@ -139,19 +146,33 @@ def _make_dictionary(
     try:
         read_record(record)
     except (ValueError, OSError):
-        size = dictionary.size()
-        say(f"preparing the corpus: making a dictionary of {f'{size:,} entries' if size else 'words'}")
+        size, trained = dictionary.size(), is_trained(dictionary)
+        if trained:
+            say(f"preparing the corpus: making a dictionary of {f'{size:,} entries' if size else 'words'}")
         meter.begin("dictionary")
         tokenizer = dictionary.make(meter.texts(corpus.documents("train")))
         (partial / "tokenizer.json").write_text(tokenizer.to_str())
         write_record(record, {}, ["tokenizer.json"])
-        if not size:
+        if not (trained and size):
             say(f"preparing the corpus: the dictionary has {tokenizer.get_vocab_size():,} entries")
 
 
-def _check_split(split: str, figures: dict) -> None:
-    if not figures["documents"]:
-        remedy = "it needs more documents, or other data.corpus shares"
-        raise ValueError(f"the {split} split of the corpus is empty: {remedy}")
-    if not figures["counted"]:
-        raise ValueError(f"the {split} split of the corpus has no token that counts in the loss")
+def require_documents(corpus: Corpus) -> None:
+    """ValueError, before any work, that names the splits without a document and what divides the corpus."""
+    empty = [split for split in SPLITS if not any(map(visible, corpus.documents(split)))]
+    if not empty:
+        return
+    counts = {split: sum(map(visible, corpus.documents(split))) for split in SPLITS}
+    found = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
+    options = [f"{split}_{kind}" for split in empty for kind in ("files", "share")] + ["document_start"]
+    given = [f"{option}={json.dumps(getattr(corpus, option))}" for option in options if hasattr(corpus, option)]
+    divided = f"; what divides it: {', '.join(given)}" if given else ""
+    names = " and ".join(filter(None, [", ".join(empty[:-1]), empty[-1]]))
+    plural = "splits of the corpus are" if len(empty) > 1 else "split of the corpus is"
+    raise ValueError(f"the {names} {plural} empty: it has documents with text: {found}{divided}")
+
+
+def _described(figures: dict) -> str:
+    size = "{documents:,} documents, {bytes:,} bytes, {counted:,} tokens".format(**figures)
+    context = figures["tokens"] - figures["counted"]
+    return size + (f" that count, {context:,} tokens of context" if context else "")

@@ -73,7 +73,7 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     """The shards' records. Those that are whole stay, and their documents are passed over."""
     encoder = Encoder(tokenizer)
-    rest, shards = (document for document in documents if _visible(document)), []
+    rest, shards = (document for document in documents if visible(document)), []
     for number in count():
         record = folder / _name(split, number, "json")
         try:
@@ -124,7 +124,7 @@ def _portion(documents: Iterator[Document], size: int) -> Iterator[Document]:
             return
 
 
-def _visible(document: Document) -> bool:
+def visible(document: Document) -> bool:
     """A text of nothing but blanks is no document."""
     return any(not segment.text.isspace() and segment.text for segment in segments(document))
 

@@ -20,6 +20,11 @@ class Positions(NamedTuple):
     encoder: int  # R
 
 
+def length_of_source(given: int | None, sequence_length: int, of_dialogues: bool) -> int | None:
+    """What divided takes as source_length: of plain text what is given, or else half of a window; None of dialogues."""
+    return None if of_dialogues else given or sequence_length // 2
+
+
 def positions(sequence_length: int, source_length: int | None, encoder_layers: int) -> Positions:
     """What divided makes of a window; without an encoder the decoder has it all."""
     if encoder_layers == 0:

@@ -10,7 +10,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Division:
-    """Of all documents with one key no two are in different splits. The key is the text, a title, a thread, ...
+    """Of all documents with one key no two are in different splits. The key is text_key of the text, a title, a
+    thread, ...
 
     shares: of the training documents, drawn for validation and test by a hash of the key. keys_of: streams the keys of
     the documents in a split's own files, none if it has no files. What stands in the files of two splits is in test
@@ -31,6 +32,12 @@ class Division:
         if part != "train":
             return part if owner == part else None
         return draw_split(key, self.shares) if owner is None else None
+
+
+def text_key(text: str) -> str:
+    """Equal for texts of the same words, whatever blanks and line ends stand between these."""
+    lines = (" ".join(line.split()) for line in text.splitlines())  # a document of a whole file has many words
+    return " ".join(filter(None, lines))
 
 
 def hash_of(key: str) -> int:

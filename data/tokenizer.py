@@ -42,6 +42,11 @@ class Dictionary(Protocol):
         ...
 
 
+def is_trained(dictionary: Dictionary) -> bool:
+    """On the text; else it is loaded, or the same for every text."""
+    return getattr(dictionary, "file", "none needed") is None
+
+
 @dataclass
 class BytePairs:
     """Byte-level BPE of exactly vocab_size entries, from the first TRAIN_BYTES of the text; or that of a file."""
@@ -53,7 +58,7 @@ class BytePairs:
         if self.vocab_size < 258:
             rule = "must be at least 258, for 256 bytes and 2 special ids"
             raise ValueError(f"data.vocab_size {rule}; got {self.vocab_size}")
-        self.loaded = read_dictionary(self.file, models.BPE, SPECIAL) if self.file else None
+        self.loaded = read_dictionary(self.file, SPECIAL, [_byte_level(models.BPE())]) if self.file else None
 
     def digest(self) -> str:
         return digest_of(["byte pairs", self.loaded.to_str() if self.loaded else self.vocab_size])

@@ -38,7 +38,7 @@ class Words:
             raise ValueError(f"tokenizer.max_size must be at least 5, for 4 ids and a word; got {self.max_size}")
         if self.min_count < 1:
             raise ValueError(f"tokenizer.min_count must be at least 1; got {self.min_count}")
-        self.loaded = read_dictionary(self.file, models.WordLevel, SPECIAL) if self.file else None
+        self.loaded = read_dictionary(self.file, SPECIAL, [_empty(True), _empty(False)]) if self.file else None
 
     def digest(self) -> str:
         options = [self.max_size, self.min_count, self.punctuation]
@@ -51,9 +51,7 @@ class Words:
         """ValueError if no word is frequent enough."""
         if self.loaded:
             return self.loaded
-        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-        pattern = Regex(WITH_MARKS if self.punctuation else APART)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
+        tokenizer = _empty(self.punctuation)
         found = count_words(texts, tokenizer.pre_tokenizer)
         frequent = sorted((word for word in found if found[word] >= self.min_count), key=lambda w: (-found[w], w))
         if not set(frequent) - set(OWN):
@@ -61,6 +59,14 @@ class Words:
         words = list(dict.fromkeys([*OWN, *frequent]))[: self.max_size]
         tokenizer.model = models.WordLevel({word: place for place, word in enumerate(words)}, UNKNOWN)
         return tokenizer
+
+
+def _empty(punctuation: bool) -> Tokenizer:
+    """A dictionary of no words, which cuts text into words."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    pattern = Regex(WITH_MARKS if punctuation else APART)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
+    return tokenizer
 
 
 def count_words(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Counter[str]:

@@ -97,6 +97,15 @@ def test_bad_settings_end_with_one_line_that_names_the_rule(word, message, tiny)
     assert "\n" not in str(raised.value)
 
 
+MISSING = {"data=wiki": "data.folder", "data=text": "data.corpus.files", "data=mixture": "data.corpus.weights"}
+
+
+@pytest.mark.parametrize(("word", "key"), MISSING.items())
+def test_what_must_be_given_is_named(word, key):
+    with pytest.raises(ValueError, match=f"^{key} has no default and must be given: {key}=...$"):
+        read(compose_config(word))
+
+
 FATAL = [
     (["train.lrr=1"], "train.lrr"),
     (["router=swich"], "router/swich"),

@@ -90,12 +90,14 @@ def test_a_text_that_comes_twice_is_in_one_split(tmp_path):
 
 def test_what_stands_in_the_files_of_two_splits_is_in_one(tmp_path):
     """Test before validation before training, and what training files have is not drawn from them either."""
+    same = ["two lines\nof it\n", "two lines\r\nof it\r\n", " two  lines\n\nof it"]
     texts = {"train": ["a", "b", "c\n", "d", "a"], "validation": ["b", "e", "b"], "test": ["e\n", "c", "f"]}
+    texts = {split: [*found, another] for (split, found), another in zip(texts.items(), same)}
     lines = {split: "\n".join(json.dumps({"text": text}) for text in texts[split]) for split in SPLITS}
     paths = {split: write(tmp_path / f"{split}.jsonl", lines[split]) for split in SPLITS}
     corpus = text_files(paths["train"], validation_files=paths["validation"], test_files=paths["test"])
     splits = {split: list(corpus.documents(split)) for split in SPLITS}
-    assert splits == {"train": ["a", "d", "a"], "validation": ["b", "b"], "test": ["e\n", "c", "f"]}
+    assert splits == {"train": ["a", "d", "a"], "validation": ["b", "b"], "test": ["e\n", "c", "f", same[2]]}
     drawn = text_files(paths["train"], test_files=paths["test"], validation_share=0.999)
     assert {text for split in SPLITS[:2] for text in drawn.documents(split)} == {"a", "b", "d"}
 
@@ -193,6 +195,12 @@ def test_the_digest_follows_bytes_and_options_but_not_paths(tmp_path):
         ("a.jsonl", b'{"body": "x"}\n', {}, r"a\.jsonl, line 1: must be .* with a string 'text'"),
         ("a.jsonl", b'["text"]\n', {}, r"a\.jsonl, line 1: must be a JSON object"),
         ("a.jsonl", b'\n{"text": \n', {}, r"a\.jsonl, line 2: must be a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "cut\n',
+            {},
+            r"a\.jsonl, line 2: .*: it is no JSON, or cut off: Unterminated",
+        ),
         ("a.jsonl", b"[" * 100_000, {}, r"a\.jsonl, line 1: must be a JSON object"),
         ("a.jsonl", rb'{"text": "\ud800"}', {}, r"a\.jsonl, line 1: must be .* UnicodeEncodeError"),
         ("a.txt", b"x", {"document_start": "("}, r"document_start='\(' is no regular expression"),

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import compose_config
+from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 
 from data.corpora import SPLITS, Segment
-from data.dialogue import Dialogues, Form, Turn
+from data.dialogue import READERS, Dialogues, Form, Turn
 from data.prepare import prepare
 from data.tokenizer import Bytes
 from training.job import FINISHED, run
@@ -108,6 +108,13 @@ def test_the_three_formats_hold_the_same_dialogue(tmp_path):
         assert list(corpus.documents("train")) == [tuple(expected)], name
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_the_line_that_readme_shows_of_each_format_is_one(name, tmp_path):
+    [line] = re.findall(rf"^    {name} +(.*)$", (ROOT / "README.md").read_text(), re.M)
+    corpus = dialogues(write(tmp_path / "a", f"{line}\n"), format=name)
+    assert [text(document) for document in corpus.documents("train")] == ["[1] Good morning.\n[2] Hello! You too."]
+
+
 def test_a_dialogue_of_one_speaker_is_left_out(tmp_path):
     alone, two = [["A", "alone"], ["A", "still"]], [["A", "a"], ["B", "b"]]
     corpus = dialogues(write(tmp_path / "a.jsonl", lines(alone, two, alone)))
@@ -184,7 +191,7 @@ BAD = [
     ("turns", b'{"turns": [["A", "a"], "B"]}', r"turn 2 must be a list of a speaker and a text"),
     ("turns", b'{"turns": [["A", "a"], ["A", "b"]]}', r"a\.jsonl holds no dialogue of two speakers"),
     ("turns", rb'{"turns": [["A", "a"], ["B", "\ud800"]]}', r"line 1: .* UnicodeEncodeError"),
-    ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b'{"turns": [', r"line 2: .* JSONDecodeError"),
+    ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b'{"turns": [', r"line 2: .* it is no JSON, or cut off"),
     ("turns", b"[" * 100_000, r"line 1: .* RecursionError"),
     ("turns", b"fine\n\xff", r"a\.jsonl, line 1: no dialogue"),
     ("turns", lines([["A", "a"], ["B", "b"]]).encode() + b"\xff\n", r"a\.jsonl, line 2: damaged, or not UTF-8"),
@@ -268,7 +275,9 @@ def test_what_is_prepared_counts_the_responses_byte_by_byte(tmp_path):
     make_folders(tmp_path)
     config = compose_config("data=dailydialog", f"data.folder={tmp_path}")
     made, options = target(OmegaConf.to_container(config.data.corpus, resolve=True))
-    prepared = prepare(made(**options), Bytes(), tmp_path / "cache", lambda line: None)
+    said: list[str] = []
+    prepared = prepare(made(**options), Bytes(), tmp_path / "cache", said.append)
+    assert "test: 8 documents, 184 bytes, 192 tokens that count, 288 tokens of context" in said[1]
     for split, file in (("train", "train"), ("validation", "valid"), ("test", "test")):
         # A dialogue is "[1] F N 0 .\n[2] F N 1 .\n[1] F N 2 .\n[2] F N 3 ."; the second speaker's two turns count.
         turn = len(f"{file} 0 0 .")

@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from data.words import Words
 from training.checkpoint import load_run
 from training.job import FINISHED, run
 from training.preflight import read
+from training.targets import target
 
 TEXT = "the cat sat.\nThe cat, the end\n the <|end|> of <unk>"
 
@@ -33,6 +35,11 @@ class Told:
 
     def digest(self):
         return repr(self.told)
+
+
+def corpus_of(settings):
+    kind, options = target(settings.data.corpus)
+    return kind(**options)
 
 
 def entries(tokenizer: Tokenizer) -> list[str]:
@@ -181,7 +188,7 @@ def test_a_file_that_is_no_dictionary_or_anothers_is_refused_in_one_line(tmp_pat
     gap = Tokenizer(models.WordLevel({"<|end|> ": 0, "<|begin|> ": 1, "a": 7}, "a"))
     gap.save(str(tmp_path / "gap.json"))
     refused = [
-        (words, BytePairs, "must hold a BPE dictionary; .* is WordLevel"),
+        (words, BytePairs, "must hold a BPE dictionary; .* does not"),
         (f"{tmp_path}/nothing", BytePairs, "no dictionary that can be read"),
         (f"{tmp_path}/text", BytePairs, "no dictionary that can be read"),
         (f"{tmp_path}/cache", BytePairs, "no dictionary that can be read"),
@@ -199,6 +206,47 @@ def test_a_file_that_is_no_dictionary_or_anothers_is_refused_in_one_line(tmp_pat
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         Words(None, 1, True, str(path))
     assert data.dictionary_files.find_dictionary(words) == path
+
+
+def changed(made: Tokenizer, path: Path, **parts) -> str:
+    """The file of a dictionary with other parts: of its model, or beside it."""
+    content = json.loads(made.to_str())
+    for name, value in parts.items():
+        (content["model"] if name in content["model"] else content)[name] = value
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+LOWER, SPACES = {"type": "Lowercase"}, {"type": "WhitespaceSplit"}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"content": "the cat", "special": False, "single_word": False, "lstrip": True, "rstrip": False}
+OTHERWISE = [  # what would drop text, change it, or encode units otherwise than the whole
+    (BytePairs, {"pre_tokenizer": None}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": LEVEL | {"use_regex": False}}, "cut text as those made here do"),
+    (BytePairs, {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPACES, LEVEL]}}, "cut text as those"),
+    (BytePairs, {"normalizer": LOWER}, "change no text"),
+    (BytePairs, {"end_of_word_suffix": "</w>"}, "have no dropout, continuing_subword_prefix, end_of_word_suffix"),
+    (BytePairs, {"dropout": 0.5}, "have no dropout"),
+    (BytePairs, {"added_tokens": [ADDED | {"id": 5, "normalized": False}]}, "have no added token besides special ones"),
+    (Words, {"pre_tokenizer": None}, "cut text as those made here do"),
+    (Words, {"pre_tokenizer": SPACES}, "cut text as those made here do"),
+    (Words, {"normalizer": LOWER}, "change no text"),
+    (Words, {"unk_token": "[UNK]"}, r"have an entry for its unknown word \[UNK\]"),
+]
+
+
+@pytest.mark.parametrize(("kind", "parts", "rule"), OTHERWISE)
+def test_a_loaded_dictionary_never_drops_or_changes_text(kind, parts, rule, tmp_path):
+    options = (300,) if kind is BytePairs else (None, 1, True)
+    texts = odd_texts(50)
+    made = kind(*options, None).make([*texts, "the cat"])
+    same = kind(*options, changed(made, tmp_path / "same.json")).make([])
+    assert all(ids.tolist() == encode(made, text) for text, ids in zip(texts, Encoder(same)(texts)))
+    file = changed(made, tmp_path / "other.json", **parts)
+    with pytest.raises(ValueError, match=f"tokenizer.file={file} must .*{rule}") as error:
+        kind(*options, file)
+    assert "\n" not in str(error.value)
 
 
 # sizes that only the text tells, and figures by another way
@@ -227,17 +275,40 @@ def test_figures_per_word_and_byte_are_those_of_the_decoded_text(tokenizer, tiny
             scores = plain_scores(loaded.model, window[:-1])
             sums.append(-scores.log_softmax(-1)[torch.arange(len(window) - 1), window[1:]].sum())
         nats = float(sum(sums)) / (len(stream) - 1) * len(stream)  # the first token at the mean price
-        if tokenizer == "words":
-            texts = " ".join(library.id_to_token(i) for i in stream.tolist() if i != END).split()
+        if tokenizer == "words":  # the unknown words are not to be had from their tokens
+            text = list(corpus_of(loaded.settings).documents(split))
             unknown = sum(i == 2 for i in stream.tolist())
             assert result[f"{key}/unknown_share"] == pytest.approx(unknown / len(stream)) and unknown > 0
-            words, size = len(texts), None  # the unknown words are not to be had from their tokens
         else:
             text = [decode(library, part) for part in documents_of(stream.tolist())]
-            words, size = sum(len(each.split()) for each in text), sum(len(each.encode()) for each in text)
             assert result[f"{key}/unknown_share"] == 0
-            assert result[f"{key}/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+        words, size = sum(len(each.split()) for each in text), sum(len(each.encode()) for each in text)
+        assert result[f"{key}/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
         assert result[f"{key}/word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+
+
+def test_figures_of_a_dialogue_are_those_of_its_responses(tiny, tmp_path):
+    talk = [[["A", f"ask {n}"], ["B", f"say {n} ö"], ["A", "go on"], ["B", "no" * (n % 3 + 1)]] for n in range(60)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in talk))
+    words = [word for word in tiny if not word.startswith(("data=", "data.corpus.files"))] + ["data=dialogue"]
+    words += [f"data.corpus.files={tmp_path}/*.jsonl", "data.sequence_length=80", "tokenizer=bytes", "train.steps=2"]
+    assert run(compose_config("router=dense", *words)) == FINISHED
+    loaded = load_run(next((tmp_path / "runs").glob("dense-*")))
+    tokenizer, nats, responses, said = load_tokenizer(loaded.prepared.folder), 0.0, 0, []
+    for part in filter(None, documents_of(loaded.prepared.tokens["test"].tolist())):
+        text = decode(tokenizer, part)
+        ids = torch.tensor([byte + 2 for byte in text.encode()] + [END])
+        spans = [match.span(1) for match in re.finditer(rb"\[2\]( [^\n]*\n?)", text.encode())]  # the other's turns
+        places = [place for first, last in spans for place in range(first, last)] + [len(ids) - 1]
+        scores = plain_scores(loaded.model, ids[:-1]).log_softmax(-1)
+        nats -= float(sum(scores[place - 1, ids[place]] for place in places))
+        responses += len(places)
+        said += [text.encode()[first:last].decode() for first, last in spans]
+    result, bytes_said = loaded.result, len("".join(said).encode())
+    assert result["test/tokens"] == responses
+    assert result["test/ce"] == pytest.approx(nats / responses, rel=1e-4)
+    assert result["test/bits_per_byte"] == pytest.approx(nats / math.log(2) / bytes_said, rel=1e-4)
+    assert result["test/word_perplexity"] == pytest.approx(math.exp(nats / len(" ".join(said).split())), rel=1e-3)
 
 
 def documents_of(stream: list[int]) -> list[list[int]]:

@@ -194,6 +194,20 @@ def test_the_decoder_reads_its_own_documents_context_and_no_other():
         torch.testing.assert_close(after[:, still], before[:, still])
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("name", ["switch", None])
+def test_without_an_encoder_it_is_the_decoder_alone_to_the_bit(name, positions):
+    model, batch = shaken(model_of(name, positions=positions, encoder_layers=0)), random_batch(0)
+    x = model.embedding[batch.tokens.id]
+    if positions == "learned":
+        x = x + model.positions[:LENGTH]
+    for block in model.blocks:  # a plain decoder's layer
+        x = x + block.attention(block.attention_norm(x), model.rotation, None)
+        x = x + block.ffn(block.ffn_norm(x), batch.tokens, None)[0]
+    assert torch.equal(run_model(model, batch)[1].logits, model.norm(x) @ model.embedding.T)
+    assert not [key for key in model.state_dict() if "encoder" in key or "cross" in key]
+
+
 @pytest.mark.parametrize("kind", READS)
 def test_padding_of_the_source_moves_nothing(kind):
     model = both(kind)

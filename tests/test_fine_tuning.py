@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -244,7 +245,46 @@ def test_another_dictionary_than_that_of_the_start_is_refused(tiny, first, tmp_p
     with pytest.raises(ValueError, match=r"tokenizer\._target_ must be that of train\.init_from="):
         read(compose_config(*tiny, *chosen, f"train.init_from={start}", "tokenizer=bytes"))
     same = open_run(read(compose_config(*tiny, *chosen, f"train.init_from={start}", "data.vocab_size=290")))
-    assert same.prepared.vocab_size == 300  # its dictionary, whatever vocab_size says
+    # its dictionary, whatever vocab_size says, which says so from then on
+    assert same.prepared.vocab_size == same.settings.data.vocab_size == same.settings.tokenizer["vocab_size"] == 300
+
+
+def look_finished(opened):
+    """What a run leaves that another one starts from, but for its weights' values."""
+    (opened.folder / "checkpoints" / "1").mkdir(parents=True)
+    (opened.folder / "checkpoints" / "1" / "model.safetensors").touch()
+    (opened.folder / "result.json").touch()
+    (opened.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(opened.settings)))
+    data = {"cache_key": opened.prepared.folder.name, "splits": opened.prepared.splits, "vocab_size": 300}
+    (opened.folder / "provenance.json").write_text(json.dumps({"data": data}))
+
+
+SIZED = {"positions": ["model.positions=learned"], "blocks.1.ffn.router.table": ["router=hash_position"], "": []}
+IN_ENCODER = ["router=hash_position", "model.sparse_in=encoder", "model.sparse_layers=[0]"]
+SIZED["encoder.blocks.0.ffn.router.table"] = IN_ENCODER
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_what_is_sized_by_an_encoders_part_goes_from_text_to_no_dialogue(name, planned, dialogues, tiny, tmp_path):
+    """In one line, before there is a run folder; what is not sized by it goes."""
+    model = ["model.encoder_layers=1", "router=hash_balanced", *SIZED[name]]
+    first = open_run(read(compose_config(*tiny, *model)))
+    if not planned:
+        look_finished(first)
+    own = [word for word in tiny if not word.startswith(("data=", "data.corpus", "runs="))]
+    words = [*own, *model, "data=dialogue", f"data.corpus.files={dialogues}/*.jsonl", "data.sequence_length=32"]
+    words += [f"train.init_from={first.folder}", f"runs={tmp_path}/tuned"]
+    if planned:
+        words[-2] = f"train.init_from={first.folder.parent}/{first.settings.arm}-s0-*"
+    settings = read(compose_config(*words), [first.settings] if planned else [])
+    if not name:
+        assert open_run(settings, [first] if planned else []).prepared.counted
+        return
+    rule = f"must have read dialogues, as this run does, for {name} has a place .*; it has read plain text"
+    with pytest.raises(ValueError, match=f"train.init_from={first.folder} {rule}$"):
+        open_run(settings, [first] if planned else [])
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_step_of_context_alone_is_no_divergence(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_every_set_has_three_splits_without_a_document_in_two(name, corpus_of):
     if name in ("reddit", "wizard_of_wikipedia"):  # several dialogues that begin with the same turn
         begins = {split: {found_text.split("\n")[0] for found_text in found} for split, found in texts.items()}
         assert sum(map(len, begins.values())) == len(set().union(*begins.values()))
+
+
+def test_a_text_of_other_line_ends_is_the_same_text(corpus_of, monkeypatch):
+    texts = ["one\ntwo\n", "one\r\ntwo\r\n", "one  two"]
+    rows = {split: [{"text": text}, {"text": split}] for split, text in zip(SPLITS, texts)}
+    monkeypatch.setattr(HubFiles, "rows", lambda self, split: rows[split])
+    corpus = corpus_of("wikitext103", document_start=None)
+    assert documents(corpus) == {"train": ["train"], "validation": ["validation"], "test": [texts[2], "test"]}
 
 
 @pytest.mark.parametrize("name", ["wikitext103", "bst"])
@@ -163,6 +172,40 @@ def test_a_killed_copy_goes_on_and_its_torn_end_is_cut_off(corpus_of, monkeypatc
         file.write(b'{"text": "Page 5')
     monkeypatch.setattr(data.hub, "count_characters", lambda row: len(row["text"]))
     assert list(corpus.documents("train")) == whole
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1  # a letter becomes another one: the line stays JSON
+    {
+        "flip": lambda: path.write_bytes(content),
+        "cut": lambda: os.truncate(path, len(content) // 3),
+        "missing": path.unlink,
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "missing"])
+def test_a_half_made_copy_that_is_damaged_is_made_anew(how, corpus_of, monkeypatch, tmp_path, capsys):
+    whole = list(corpus_of("openwebtext", cache=str(tmp_path / "whole")).documents("train"))
+    monkeypatch.setattr(data.hub, "SAVE_EVERY", 7)
+    corpus, count = corpus_of("openwebtext"), data.hub.count_characters
+
+    def killed(row):
+        if row["text"].startswith("Page 50."):
+            raise SystemExit
+        return len(row["text"])
+
+    monkeypatch.setattr(data.hub, "count_characters", killed)
+    with pytest.raises(SystemExit):
+        list(corpus.documents("train"))
+    [rows] = tmp_path.glob("hub/*/train.jsonl")
+    damage(rows, how)
+    monkeypatch.setattr(data.hub, "count_characters", count)
+    capsys.readouterr()
+    assert list(corpus.documents("train")) == whole
+    assert "from row 0 on" in capsys.readouterr().out
+    assert list(corpus_of("openwebtext").documents("train")) == whole
+    assert "copying" not in capsys.readouterr().out  # what was sealed is what is there
 
 
 def test_of_a_branch_the_commit_is_named_and_noted_and_of_a_pin_nothing(corpus_of, hub, tmp_path, capsys, monkeypatch):
@@ -276,6 +319,7 @@ def comment(name: str, parent: str, thread: str = "t3_t", author: str | None = N
 
 
 THREAD = [comment("a", "t3_t"), comment("b", "t1_a"), comment("c", "t1_a"), comment("d", "t1_b"), comment("e", "t3_t")]
+FORKED = [*THREAD, comment("g", "t1_b"), comment("h", "t1_g")]  # below the root as well
 
 
 def test_paths_go_from_roots_to_leaves_and_count_each_comment_once():
@@ -285,6 +329,15 @@ def test_paths_go_from_roots_to_leaves_and_count_each_comment_once():
     made = [document for path in paths for document in Form("all", None, "[{}]").documents(path)]
     counted = Counter(segment.text.strip() for document in made for segment in document if segment.counted)
     assert counted == {"x b": 1, "x d": 1, "x c": 1}
+
+
+def test_a_comment_on_several_paths_counts_on_the_first_alone():
+    paths = [path for _, path in comment_trees.dialogues(lambda: FORKED)]
+    assert ["".join(turn.text[-1] for turn in path) for path in paths] == ["abd", "abgh", "ac", "e"]
+    assert ["".join(turn.text[-1] for turn in path if not turn.again) for path in paths] == ["abd", "gh", "c", "e"]
+    made = [document for path in paths for document in Form("all", None, "[{}]").documents(path)]
+    counted = [segment.text.strip() for document in made for segment in document if segment.counted]
+    assert [word[-1] for text in counted for word in text.splitlines()] == list("bdghc")
 
 
 def test_what_answers_a_deleted_or_missing_comment_begins_a_path_of_its_own():

@@ -7,8 +7,10 @@ import torch
 from conftest import compose_config
 from test_training import folder_of
 
+import data.prepare
+from data.dictionary_files import find_dictionary
 from data.mixed_batches import MixedBatches, MixedSplit, open_split
-from data.mixture import Mixture, schedule, whole_shares
+from data.mixture import Mixture, prepare_mixture, schedule, whole_shares
 from data.tokenizer import END, BytePairs, decode, load_tokenizer
 from training.job import FINISHED, open_run, run
 from training.preflight import read
@@ -142,6 +144,28 @@ def test_a_run_on_a_mixture_reports_each_corpus_apart(words):
     assert set(provenance["data"]["parts"]) == {"a", "b"}
 
 
+def test_fine_tuning_on_a_mixture_keeps_its_weights_and_the_dictionary_it_starts_with(words, tiny, tmp_path):
+    first = [*tiny, "data.vocab_size=258", "train.steps=1", f"runs={tmp_path}/first"]
+    assert run(compose_config(*first)) == FINISHED
+    words = [*words, f"train.init_from={folder_of(*first)}", "train.steps=5", "train.batch_size=5"]
+    words += ["train.routing_group=5", "record.log_every=5", "record.evaluate_every=5"]
+    seen, batch = {}, MixedBatches.batch
+
+    def noted(self, step):
+        made = batch(self, step)
+        seen[step] = Counter(corpus_of(opened_run, made))
+        return made
+
+    opened_run = opened(words)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MixedBatches, "batch", noted)
+        assert run(compose_config(*words)) == FINISHED
+    assert len(seen) >= 5 and all(each == {"a": 2, "b": 3} for each in seen.values())
+    dictionaries = [(part.prepared.folder / "tokenizer.json").read_text() for part in opened_run.prepared.parts]
+    assert set(dictionaries) == {find_dictionary(str(folder_of(*first))).read_text()}
+    assert json.loads((opened_run.folder / "result.json").read_text())["val/b/tokens"] > 0
+
+
 def test_the_dictionary_is_trained_on_the_mixture_and_weights_are_in_the_id(words, tmp_path):
     words = [*words, "data.vocab_size=262", f"data.cache={tmp_path}/cache"]
     one = opened(words)
@@ -181,18 +205,41 @@ def test_what_is_wrong_with_a_mixture_is_one_line(word, message, words):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+class Letters:
+    def __init__(self, letter):
+        self.letter = letter
+
+    def documents(self, split):
+        yield from [self.letter] * 6
+
+    def digest(self):
+        return self.letter
+
+
+def mixture_of_letters() -> Mixture:
+    return Mixture({name: {"corpus": lambda name=name: Letters(name)} for name in "ab"}, {"a": 1, "b": 2})
+
+
+def test_a_dictionary_that_other_code_made_is_made_anew(tmp_path, monkeypatch):
+    prepare_mixture(mixture_of_letters(), BytePairs(258, None), tmp_path, lambda line: None)
+    digest = data.prepare.file_digest
+    for name in ("tokenizer.py", "mixture.py"):
+        before = set(tmp_path.glob("*.dictionary"))
+        other = lambda path, name=name: "another" if path.name == name else digest(path)  # noqa: E731
+        monkeypatch.setattr(data.prepare, "file_digest", other)
+        prepare_mixture(mixture_of_letters(), BytePairs(258, None), tmp_path, lambda line: None)
+        assert len(set(tmp_path.glob("*.dictionary")) - before) == 1
+
+
+def test_an_empty_corpus_of_a_mixture_is_named_before_a_dictionary_is_made(tmp_path):
+    mixture = mixture_of_letters()
+    mixture.corpora["b"] = Letters(" ")
+    with pytest.raises(ValueError, match="^data.corpus.parts.b: the train, validation and test splits .* are empty: "):
+        prepare_mixture(mixture, BytePairs(258, None), tmp_path, pytest.fail)
+
+
 def test_the_dictionary_sees_documents_in_turn():
-    class Letters:
-        def __init__(self, letter):
-            self.letter = letter
-
-        def documents(self, split):
-            yield from [self.letter] * 6
-
-        def digest(self):
-            return self.letter
-
-    mixture = Mixture({name: {"corpus": lambda name=name: Letters(name)} for name in "ab"}, {"a": 1, "b": 2})
+    mixture = mixture_of_letters()
     text = "".join(str(document) for document in mixture.documents("train"))
     assert text == "babbabbab"  # until b has no more
     assert BytePairs(258, None).size() == 258

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import data.prepare
 import data.shards
 import data.tokenizer
 from data.corpora import SPLITS, TextFiles
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, open_prepared, prepare
+from data.records import read_record, write_record
 from data.tokenizer import BEGIN, END, BytePairs, Bytes, cut, decode, encode, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +158,19 @@ def test_an_id_that_is_not_in_the_dictionary_is_never_written(tmp_path):
     assert not (tmp_path / "train.npy").exists()
 
 
+def test_an_id_that_is_not_in_the_dictionary_is_never_read(corpus, tmp_path):
+    """Also if every digest is that of the file."""
+    folder = prepare(corpus, Bytes(), tmp_path / "cache").folder
+    meta = read_record(folder / "meta.json")
+    tokens = np.load(folder / "test.npy")
+    for highest, fits in ((257, True), (258, False)):
+        tokens[3] = highest
+        np.save(folder / "test.npy", tokens)
+        write_record(folder / "meta.json", {"splits": meta["splits"]}, meta["files"])
+        with nullcontext() if fits else pytest.raises(ValueError, match="test.npy must have ids below 258; it has 258"):
+            assert open_prepared(folder).tokens["test"][3] == highest
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_the_largest_id_fits_the_file(tmp_path, vocab_size, dtype):
     figures = data.shards.write_split(tmp_path, "train", ["text"], tokenizer_of([5, vocab_size - 1], vocab_size), id)
@@ -186,6 +201,16 @@ def test_the_key_follows_everything_and_the_fingerprint_the_data(corpus, tmp_pat
     source.write_text(source.read_text().replace("router", "Router", 1))
     changed = prepare(corpus, BytePairs(300, None), tmp_path / "cache")
     assert changed.folder != other_code.folder and changed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("name", data.prepare.CODE)
+def test_what_other_code_prepared_is_prepared_anew(name, corpus, tmp_path, monkeypatch):
+    first = prepare(corpus, Bytes(), tmp_path / "cache", lambda line: None)
+    assert prepare(corpus, Bytes(), tmp_path / "cache", pytest.fail).folder == first.folder
+    digest = data.prepare.file_digest
+    monkeypatch.setattr(data.prepare, "file_digest", lambda path: "another" if path.name == name else digest(path))
+    with pytest.raises(data.prepare.NotPrepared):
+        prepare(corpus, Bytes(), tmp_path / "cache", build=False)
 
 
 def flip(path: Path, place: int) -> None:
@@ -299,7 +324,7 @@ def test_a_preparer_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(corpu
 
 
 def test_a_failure_leaves_no_half_made_cache(tmp_path):
-    corpus = write_documents(tmp_path, train=["ab"], validation=["ab"], test=["   "])
+    corpus = write_documents(tmp_path, train=["ab"], validation=["a"], test=["   "])
     with pytest.raises(ValueError, match="the test split of the corpus is empty"):
         prepare(corpus, BytePairs(258, None), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -334,10 +359,34 @@ def test_files_of_nothing_or_of_one_line_are_no_corpus_of_three_splits(tmp_path)
         path = tmp_path / f"{number}.txt"
         path.write_text(content)
         corpus = TextFiles(str(path), None, None, 0.1, 0.1, None, "text", 0, 0)
-        with pytest.raises(ValueError, match="the .* split of the corpus is empty") as error:
+        names = "validation and test" if content.strip() else "train, validation and test"
+        with pytest.raises(ValueError, match=f"the {names} splits of the corpus are empty: .*") as error:
             prepare(corpus, Bytes(), tmp_path / "cache")
         assert "\n" not in str(error.value)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_too_few_files_to_divide_are_counted_and_the_options_named(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    corpus = TextFiles(f"{tmp_path}/[01].txt", None, f"{tmp_path}/2.txt", 1e-9, 0.0, None, "text", 0, 0)
+    with pytest.raises(ValueError, match="split of the corpus is empty") as error:
+        prepare(corpus, BytePairs(9000, None), tmp_path / "cache", pytest.fail)
+    assert str(error.value) == (
+        "the validation split of the corpus is empty: it has documents with text: 2 in train, 0 in validation, "
+        "1 in test; what divides it: validation_files=null, validation_share=1e-09, document_start=null"
+    )
+
+
+def test_what_is_said_of_a_preparation_is_what_is_done(corpus, tmp_path):
+    said: list[str] = []
+    trained = prepare(corpus, BytePairs(300, None), tmp_path / "cache", said.append)
+    assert said[0] == "preparing the corpus: making a dictionary of 300 entries"
+    for dictionary, size in ((BytePairs(900, str(trained.folder)), 300), (Bytes(), 258)):
+        said.clear()
+        prepare(corpus, dictionary, tmp_path / "cache", said.append)
+        assert said[0] == f"preparing the corpus: the dictionary has {size} entries"
+        assert not any("making" in line for line in said)
 
 
 def test_one_line_for_each_split_is_a_corpus(tmp_path):

@@ -98,6 +98,13 @@ def test_a_run_stopped_after_each_step_equals_one_that_was_not(name, tiny, arm, 
     equal_when_stopped([*tiny, *arm(name), "record.keep_optimizer=true"], tmp_path, 1)
 
 
+def test_a_run_that_is_stopped_in_its_third_epoch_goes_on_in_it(tiny, tmp_path):
+    words = [*tiny, "data.sequence_length=128", "train.batch_size=32", "record.keep_optimizer=true"]
+    full = open_run(read(compose_config(*words))).splits["train"].full
+    assert 2 * full < 4 * 32 < 3 * full < 12 * 32  # the first stop, and the end
+    equal_when_stopped(words, tmp_path, 4)
+
+
 def equal_when_stopped(words, tmp_path, every, steps=12):
     """A run of these words, and one that is stopped after so many steps again and again, agree in all they keep."""
     assert run(compose_config(*words)) == FINISHED

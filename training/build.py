@@ -16,7 +16,7 @@ from data.batches import Batch, evaluation_batches
 from data.mixed_batches import open_split
 from data.mixture import Mixture, prepare_mixture
 from data.prepare import NotPrepared, Prepared, prepare
-from data.source import divided, positions
+from data.source import divided, length_of_source, positions
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
 from models.experts import ExpertLayer
@@ -67,9 +67,7 @@ def router_maker(
     settings: Settings, prepared: Prepared, baseline: Transformer | None = None
 ) -> Callable[[int], Router]:
     """Gives the router of a layer as it is trained, knowing the training text. baseline: see make_model."""
-    read = source_length(settings, prepared)
-    lengths = positions(settings.data.sequence_length, read, settings.model.encoder_layers)
-    length = lengths.encoder if settings.model.sparse_in == "encoder" else lengths.decoder
+    length = routed_length(settings, source_length(settings, prepared))
 
     def training_text() -> Iterable[Batch]:
         return whole_split(settings, prepared, "train", 64)
@@ -79,6 +77,12 @@ def router_maker(
             return make_router(settings, layer, prepared.token_counts, training_text, baseline, length)
 
     return router
+
+
+def routed_length(settings: Settings, source_length: int | None) -> int:
+    """Of the sequences that routers see. source_length: as data.source.divided takes it."""
+    lengths = positions(settings.data.sequence_length, source_length, settings.model.encoder_layers)
+    return lengths.encoder if settings.model.sparse_in == "encoder" else lengths.decoder
 
 
 def whole_split(settings: Settings, prepared: Prepared, split: str, batch_size: int) -> Iterable[Batch]:
@@ -94,12 +98,11 @@ def whole_split(settings: Settings, prepared: Prepared, split: str, batch_size: 
 def source_length(settings: Settings, prepared: Prepared) -> int | None:
     """What an encoder reads, as data.source.divided takes it. Raises ValueError for a length of dialogues."""
     given = settings.data.source_length
-    if any(each.counted for each in (prepared, *(part.prepared for part in prepared.parts))):  # dialogues
-        if given is not None:
-            rule = "must be null for dialogues, of which the encoder reads each one's context"
-            raise ValueError(f"data.source_length {rule}; got {given}")
-        return None
-    return given or settings.data.sequence_length // 2
+    of_dialogues = any(each.counted for each in (prepared, *(part.prepared for part in prepared.parts)))
+    if of_dialogues and given is not None:
+        rule = "must be null for dialogues, of which the encoder reads each one's context"
+        raise ValueError(f"data.source_length {rule}; got {given}")
+    return length_of_source(given, settings.data.sequence_length, of_dialogues)
 
 
 def make_model(
@@ -125,7 +128,8 @@ def outline(settings: Settings, vocab_size: int, source_length: int | None = Non
 
         def router(layer: int) -> Router:
             with torch.device("cpu"):
-                return make_router(settings, layer, counts, baseline=baseline)
+                length = routed_length(settings, source_length)
+                return make_router(settings, layer, counts, baseline=baseline, length=length)
 
         return _assembled(settings, vocab_size, router, "loop", baseline, source_length)
 

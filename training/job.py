@@ -29,7 +29,7 @@ from training.recorder import Recorder
 from training.run import Run
 from training.session import Session, open_session
 from training.settings import Settings
-from training.start import earlier, require_same_dictionary, take_dictionary
+from training.start import earlier, require_same_dictionary, require_same_positions, take_dictionary
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
@@ -48,6 +48,8 @@ def open_run(
     if settings.router.get("baseline"):
         _take_baseline(settings, prepared, planned)
     source_length(settings, prepared)  # which dialogues do not take
+    if settings.train.init_from is not None:
+        require_same_positions(settings, prepared, planned)
     check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
     splits = {name: open_split(prepared, name, length, packing) for name in SPLITS}

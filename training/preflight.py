@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.source import length_of_source
 from training.build import make_dictionary, make_router
 from training.settings import Settings
 from training.start import check_start, differences, find_baseline
@@ -91,8 +92,8 @@ def _check_encoder(settings: Settings) -> None:
             rule = "must be null for a decoder-only model (model.encoder_layers=0)"
             raise ValueError(f"data.source_length {rule}; got {data.source_length}")
         return
-    source = data.source_length or data.sequence_length // 2
-    if not 0 < source < data.sequence_length:
+    source = length_of_source(data.source_length, data.sequence_length, of_dialogues=False)
+    if source is None or not 0 < source < data.sequence_length:
         rule = f"must leave both sides some of data.sequence_length = {data.sequence_length}"
         raise ValueError(f"data.source_length {rule}; got {source}")
 

@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 
 from data.dictionary_files import find_dictionary
+from data.prepare import Prepared
+from data.source import length_of_source
+from training.build import outline, source_length
 from training.compose import ROOT
 from training.folder import has_weights, is_finished
 from training.identity import without_unused
@@ -120,13 +123,16 @@ def differences(place: str, one: Any, other: Any) -> Iterable[tuple[str, Any, An
 
 
 def take_dictionary(settings: Settings, planned: Sequence[Run]) -> None:
-    """train.init_from becomes a folder, and tokenizer.file the prepared data with that run's dictionary.
+    """train.init_from becomes a folder, tokenizer.file the prepared data with that run's dictionary, and vocab_size is
+    that dictionary's.
 
     planned: the sweep's earlier jobs, which need not have run. Raises ValueError if
     the dictionary is gone, or if tokenizer.file names another one.
     """
-    folder, dictionary = _start_of(settings, planned)
-    settings.train.init_from = str(folder)
+    folder, dictionary, vocab_size = _start_of(settings, planned)
+    settings.train.init_from, settings.data.vocab_size = str(folder), vocab_size
+    if "vocab_size" in settings.tokenizer:
+        settings.tokenizer["vocab_size"] = vocab_size
     if not (dictionary / "tokenizer.json").exists():
         remedy = "the command that made the run makes it again"
         raise ValueError(f"the prepared data of train.init_from={folder} is gone: {dictionary}; {remedy}")
@@ -134,6 +140,24 @@ def take_dictionary(settings: Settings, planned: Sequence[Run]) -> None:
         require_same_dictionary(find_dictionary(given), dictionary, f"tokenizer.file={given}")
     if "file" in settings.tokenizer:  # bytes are the same everywhere
         settings.tokenizer["file"] = str(dictionary)
+
+
+def require_same_positions(settings: Settings, prepared: Prepared, planned: Sequence[Run]) -> None:
+    """ValueError if something in train.init_from is sized by what its encoder and decoder read, and they read another
+    part of the window here: an encoder has half of a plain text and the whole of a dialogue."""
+    if settings.model.encoder_layers == 0:
+        return
+    maker, data = earlier(settings.train.init_from or "", planned), settings.data
+    splits = maker.prepared.splits if maker else _provenance(settings.train.init_from or "")["splits"]
+    of_dialogues = any(figures["counted"] < figures["tokens"] for figures in splits.values())
+    theirs = length_of_source(data.source_length, data.sequence_length, of_dialogues)
+    lengths = source_length(settings, prepared), theirs
+    mine, other = (outline(settings, prepared.vocab_size, length).state_dict() for length in lengths)
+    for name, tensor in mine.items():
+        if tensor.shape != other[name].shape:
+            kinds = ("plain text", "dialogues") if of_dialogues else ("dialogues", "plain text")
+            rule = f"must have read {kinds[0]}, as this run does, for {name} has a place for each token that is read"
+            raise ValueError(f"train.init_from={settings.train.init_from} {rule}; it has read {kinds[1]}")
 
 
 def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
@@ -146,11 +170,17 @@ def require_same_dictionary(file: Path, prepared: Path, name: str) -> None:
         raise ValueError(f"{name} must have the dictionary of {prepared}; it has another one")
 
 
-def _start_of(settings: Settings, planned: Sequence[Run]) -> tuple[Path, Path]:
+def _start_of(settings: Settings, planned: Sequence[Run]) -> tuple[Path, Path, int]:
+    """The folder of train.init_from, the prepared data with its dictionary, and how many entries that has."""
     wanted = settings.train.init_from or ""
     if maker := earlier(wanted, planned):
-        return maker.folder, maker.prepared.folder
-    return Path(absolute(wanted)), find_dictionary(wanted).parent
+        return maker.folder, maker.prepared.folder, maker.prepared.vocab_size
+    return Path(absolute(wanted)), find_dictionary(wanted).parent, _provenance(wanted)["vocab_size"]
+
+
+def _provenance(folder: str) -> dict[str, Any]:
+    """What a run folder says of its data."""
+    return json.loads((Path(folder).expanduser() / "provenance.json").read_text())["data"]
 
 
 def earlier(name: str, planned: Sequence[Run]) -> Run | None:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -81,6 +82,9 @@ def one_line(error: Exception) -> str:
         if not any(line in earlier for earlier in lines):  # the cause often says the same again
             lines.append(line)
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        name = missing[1] if "resolving interpolation" in text else key or missing[1]
+        return f"{name} has no default and must be given: {name}=..."
     noise = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
     lines = [line for line in lines if not line.startswith(noise)]
     text = " ".join(lines) if lines else type(error).__name__
