@@ -83,8 +83,8 @@ def test_early_stopping_keeps_evaluates_and_reports_the_best_weights(tiny, monke
     seen = {}
     best = job.Session.validate
 
-    def noted(self):
-        figures = best(self)
+    def noted(self, watch):
+        figures = best(self, watch)
         seen[self.progress.step] = {key: value.clone() for key, value in self.model.state_dict().items()}
         return figures
 
