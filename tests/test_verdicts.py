@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import compose_config, tiny_words
+import yaml
+from conftest import ROOT, compose_config, tiny_words
 
+from analysis.behind import write
 from analysis.contrasts import examine
 from analysis.runs import read_study
-from analysis.verdicts import judge, main, read_claims, runs_of
+from analysis.verdicts import Verdict, judge, main, read_claims, runs_of
 from training.job import FINISHED, run
 
 SEEDS = 4
 CLAIMS = read_claims()
+PARTS = [part for claim in CLAIMS["claims"].values() for part in claim["parts"]]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,16 @@ def trained(corpus, tmp_path_factory) -> list[Path]:
     return sorted(runs.glob("dense-s*"))
 
 
-def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float], **more: dict[str, float]) -> None:
-    """A sweep of copies: each arm's test loss is moved by its effect and a little noise of its own, in balance."""
+def plant(
+    trained: list[Path],
+    runs: Path,
+    sweep: str,
+    effects: dict[str, float],
+    exact: dict[str, dict] | None = None,
+    **more: dict[str, float],
+) -> None:
+    """A sweep of copies: each arm's test loss is moved by its effect and a little noise of its own, in balance. exact:
+    by arm, what else its results say; more: by metric and arm, what it is but for a little noise."""
     draws, names = np.random.default_rng(7), []
     for arm, effect in effects.items():
         for seed, folder in enumerate(trained):
@@ -40,6 +51,7 @@ def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float]
             result = json.loads((copy / "result.json").read_text())
             result["test/ce"] += effect + 0.0005 * draws.standard_normal()
             result |= {key: values[arm] * (1 + 0.001 * draws.standard_normal()) for key, values in more.items()}
+            result |= (exact or {}).get(arm, {})
             (copy / "result.json").write_text(json.dumps(result))
             names.append(copy.name)
     (runs / "sweeps").mkdir(parents=True, exist_ok=True)
@@ -47,6 +59,7 @@ def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float]
     (runs / "sweeps" / f"{sweep}.json").write_text(json.dumps(record))
 
 
+COEFFICIENTS = [f"switch_coef_{x}" for x in ("0", "0.001", "0.01", "0.1", "1")]
 METHODS = {"hash_balanced": 0, "hash_random": 0.003, "hash_clustered": 0.03, "hash_dispersed": 0.003}
 METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_next_token": -2.0}
 
@@ -59,19 +72,28 @@ def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
         "hash_methods": METHODS,
         "modules": {f"hash_balanced_{x}": -0.02 * math.log2(x / 16) for x in at} | {f"switch_{x}": 0.0 for x in at},
         "multi_hash": {"hash_balanced_1_hash": 0} | {f"hash_multi_{n}_hashes": -0.01 for n in (2, 4, 8)},
-        "dictionary": {"hash_balanced_words": 0.02, "switch_words": 0},
+        "dictionary": {"hash_balanced_bpe_1024": 0, "switch_bpe_1024": 0}
+        | {"hash_balanced_words": 0.02, "switch_words": 0},
         "position": {f"hash_balanced_layer_{x}": -0.01 * x for x in range(3)},
         "finetune": {"hash_balanced_tuned": -0.03, "switch_tuned": 0},
-        "load_balance": {"switch_coef_0": 0.1, "switch_coef_0.001": 0.05}
-        | {f"switch_coef_{x}": 0 for x in ("0.01", "0.1", "1")},
+        "load_balance": dict(zip(COEFFICIENTS, (0.1, 0.05, 0, 0, 0))),
         "horizon": {"hash_balanced_1x": -0.2, "dense_1x": 0, "dense_2x": -0.1},
     }
+    exact = {arm: {"data_fingerprint": "words"} for arm in ("hash_balanced_words", "switch_words")}
+    exact |= {"dense_2x": {"token_budget": 512}}
     for sweep, effects in sweeps.items():
-        plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()})
+        plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()}, exact)
     speeds = {"hash_balanced": 1 + 0.1 * size, "base": 1.0}
     plant(trained, runs, "base_comparison", {"hash_balanced": -0.02 * size, "base": 0}, tokens_per_second=speeds)
-    judged = judge(CLAIMS, lambda sweep: runs_of(sweep, "smoke", runs, runs / "none"))
-    return {each.claim: each.verdict for each in judged}
+    return verdicts_of(runs)
+
+
+def judged_of(runs: Path, scale: str = "smoke") -> list[Verdict]:
+    return judge(CLAIMS, lambda sweep: runs_of(sweep, scale, runs, runs / "none"))
+
+
+def verdicts_of(runs: Path) -> dict[str, str]:
+    return {each.claim: each.verdict for each in judged_of(runs)}
 
 
 def test_planted_effects_are_supported_and_planted_the_other_way_contradicted(trained, tmp_path):
@@ -103,11 +125,32 @@ def test_a_difference_is_the_paired_t_test_of_its_two_arms():
 
 
 def test_a_slope_is_over_the_places_that_all_arms_have():
-    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "a_64": [4.8, 4.9], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
+    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
     part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
     found = examine(part, frame(lead), 0.008)
     assert found.estimate.value == pytest.approx(-0.095) and found.estimate.dof == 3  # 4 arms, 2 seeds
     assert examine(part, frame({"a_16": [5.0], "b_16": [5.0]}), 0.008).lacks.endswith("run of a_{x}, b_{x}")
+
+
+def test_a_slope_lacks_a_place_that_is_declared_or_that_one_of_its_arms_has():
+    part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
+    runs = frame({"a_16": [5.0, 5.1], "a_32": [4.9, 5.0], "a_64": [4.8, 4.9], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]})
+    assert examine(part, runs, 0.008).lacks == "any has no finished run of b_64"
+    declared = part | {"along": {"log": 2, "places": [16, 32, 128]}}
+    assert examine(declared, runs.loc[runs["arm"] != "a_64"], 0.008).lacks.endswith("run of a_128, b_128")
+    by_scale = part | {"along": {"log": 2, "places": {"smoke": [64]}}}
+    assert examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="smoke"), 0.008).lacks.endswith("a_64, b_64")
+    assert not examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="small"), 0.008).lacks
+
+
+def test_the_places_declared_are_those_that_the_sweeps_have_by_default():
+    places = {part["sweep"]: part["along"]["places"] for part in PARTS if "along" in part}
+    for scale, layers in places["position"].items():
+        model = yaml.safe_load((ROOT / "conf" / "scale" / f"{scale}.yaml").read_text())["model"]
+        assert layers == [*range(model["num_layers"])]
+    assert set(places["position"]) == {path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml")}
+    sweep = yaml.safe_load((ROOT / "sweeps" / "modules.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert ",".join(map(str, places["modules"])) == sweep["num_experts"]
 
 
 def test_weights_are_of_means_so_three_against_one_is_in_nats():
@@ -124,11 +167,76 @@ def test_a_range_over_equal_arms_is_found_in_five_of_a_hundred():
     assert 0 < np.mean(found) < 0.1
 
 
+def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_side():
+    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.109, 5.211]})  # a is below b by 0.01, p = 0.002
+    # two repeats 0.001 apart: deviation 0.001 / sqrt 2, and t of 0.975 on 1 degree is 12.706: a floor of 0.012706
+    repeats = frame({"r": [5.0, 5.001]}).assign(seed=0)
+    below = {"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}
+    found = examine(below, runs, 0.008, repeats)
+    assert found.floor == pytest.approx(0.012706, abs=1e-6) and found.below_floor and found.p_for == 1
+    assert examine(below, runs, 0.008).p_for < 0.002 and np.isnan(examine(below, runs, 0.008).floor)
+    wider = frame({"a": [4.99, 5.09, 5.19], "b": [5.01, 5.109, 5.211]})
+    assert examine(below, wider, 0.008, repeats).p_for < 0.002 and not examine(below, wider, 0.008, repeats).below_floor
+    # equal figures are within a margin of 0.02, but not within one of 0.008, which is less than the floor
+    equal = frame({"a": [5.0, 5.1, 5.2], "b": [5.0001, 5.1, 5.1999]})
+    within = below | {"expect": "within"}
+    assert examine(within, equal, 0.02, repeats).p_for < 0.001
+    assert examine(within, equal, 0.008, repeats).below_floor and examine(within, equal, 0.008, repeats).p_for == 1
+    # a slope of 0.01 a step over 3 steps is 0.03 from its first place to its last
+    steps = frame({f"a_{x}": [5 - 0.01 * x, 5.1 - 0.01 * x, 5.2 - 0.01 * x + 1e-4 * (x == 2)] for x in range(4)})
+    slope = {"sweep": "any", "weights": {"a_{x}": 1}, "along": {}, "expect": "below"}
+    assert examine(slope, steps, 0.008, repeats).floor == pytest.approx(0.012706 / 3, abs=1e-6)
+    assert not examine(slope, steps, 0.008, repeats).below_floor
+
+
+def test_a_claim_below_the_noise_floor_is_not_separated_and_says_so(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.02, "switch_tuned": 0})
+    plant(trained[:1], tmp_path, "noise_floor", {"hash_balanced_repeat_0": 0, "hash_balanced_repeat_1": 0.01})
+    assert verdicts_of(tmp_path)["C9"] == "not separated (below noise floor)"
+    (tmp_path / "sweeps" / "noise_floor.json").unlink()
+    assert verdicts_of(tmp_path)["C9"] == "supported"
+
+
+def test_a_sweep_that_cannot_be_told_or_read_stops_no_other(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.03, "switch_tuned": 0})
+    unknown = {arm: {"tokens_per_second": None} for arm in ("hash_balanced", "base")}  # as a run of two steps has it
+    plant(trained, tmp_path, "base_comparison", {"hash_balanced": 0, "base": 0}, unknown)
+    plant(trained, tmp_path, "load_balance", dict.fromkeys(COEFFICIENTS, 0))
+    for folder in tmp_path.glob("switch_coef_*"):  # all equal to the last bit
+        seed = int(folder.name.split("-s")[1][0])
+        (folder / "result.json").write_bytes((trained[seed] / "result.json").read_bytes())
+    (tmp_path / "sweeps" / "multi_hash.json").write_text("{")
+    verdicts = verdicts_of(tmp_path)
+    assert verdicts["C9"] == "supported" and verdicts["C10"] == verdicts["C6"] == "not run"
+    assert verdicts["C11"] == "contradicted"
+    parts = {each.claim: each.parts for each in judged_of(tmp_path)}
+    assert parts["C10"][0].lacks.startswith("base_comparison has no figure of tokens_per_second in hash_balanced-s0-")
+    assert parts["C6"][0].lacks.startswith("multi_hash cannot be read: ValueError: ")
+
+
+def test_what_diverged_is_named(trained, tmp_path):
+    diverged = {"switch_coef_0": {"outcome": "diverged"}}
+    plant(trained, tmp_path, "load_balance", dict.fromkeys(COEFFICIENTS, 0), diverged)
+    verdict = judged_of(tmp_path)[10]
+    assert verdict.verdict == "not run (diverged)"
+    assert verdict.parts[0].lacks == "load_balance has no finished run of switch_coef_0 (4 diverged)"
+
+
+def test_runs_that_share_no_seed_tell_nothing():
+    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.0, 5.1, 5.2]})
+    runs.loc[runs["arm"] == "b", "seed"] += 3
+    found = examine({"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}, runs, 0.008)
+    assert found.estimate is None and found.lacks == "any has no seeds that a, b share"
+    found = examine({"sweep": "any", "range": ["a", "b"], "expect": "above"}, runs, 0.008)
+    assert found.lacks == "any has no seeds that a, b share"
+
+
 def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, capsys, monkeypatch):
     plant(trained, tmp_path / "runs", "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
     committed = tmp_path / "results" / "smoke" / "finetune"
     committed.mkdir(parents=True)
-    read_study("finetune", tmp_path / "runs").runs.to_csv(committed / "runs.csv", index=False)
+    found = read_study("finetune", tmp_path / "runs").runs.assign(sweep="finetune", scale="smoke")
+    write(found, committed / "runs.csv")
     words = ["verdicts", "smoke", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", words)
     main()
@@ -139,10 +247,38 @@ def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, ca
     assert max(map(len, printed.splitlines())) <= 120
 
 
+def test_run_folders_come_before_committed_results_and_those_of_another_scale_after(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
+    for scale, seed in (("smoke", 77), ("small", 78)):
+        folder = tmp_path / "results" / scale / "finetune"
+        folder.mkdir(parents=True)
+        committed = read_study("finetune", tmp_path).runs.assign(sweep="finetune", scale=scale, seed=seed)
+        write(committed, folder / "runs.csv")
+    here = runs_of("finetune", "smoke", tmp_path, tmp_path / "results")
+    assert set(here["seed"]) == {0, 1, 2, 3} and set(here["read"]) == {str(tmp_path / "sweeps" / "finetune.json")}
+    there = runs_of("finetune", "small", tmp_path, tmp_path / "results")
+    assert set(there["seed"]) == {78} and set(there["read"]) == {str(tmp_path / "results/small/finetune/runs.csv")}
+    assert runs_of("finetune", "paper", tmp_path, tmp_path / "results").empty
+
+
+def test_one_text_and_budget_are_asked_of_a_sweeps_groups_but_one_commit_of_all_of_it(trained, tmp_path):
+    """Of horizon, each of whose horizons has its own budget."""
+    exact = {"dense_2x": {"token_budget": 512}, "dense_4x": {"token_budget": 1024}}
+    plant(trained, tmp_path, "horizon", dict.fromkeys(("hash_balanced_1x", "dense_1x", *exact), 0), exact)
+    assert set(runs_of("horizon", "smoke", tmp_path, tmp_path)["outcome"]) == {"finished"}
+    for folder in tmp_path.glob("dense_2x-*"):
+        origin = json.loads((folder / "provenance.json").read_text())
+        origin["git"] = {"commit": "0" * 40, "dirty": None}
+        (folder / "provenance.json").write_text(json.dumps(origin))
+    found = runs_of("horizon", "smoke", tmp_path, tmp_path)
+    assert set(found["arm"][found["outcome"] == "other commit"]) == {"dense_2x"}
+    assert set(found["arm"][found["outcome"] == "finished"]) == {"hash_balanced_1x", "dense_1x", "dense_4x"}
+
+
 def test_a_single_seed_separates_nothing_and_another_scale_is_not_run(trained, tmp_path):
     plant(trained[:1], tmp_path, "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
     for scale, verdict in (("smoke", "not separated"), ("small", "not run")):
-        judged = judge(CLAIMS, lambda sweep, scale=scale: runs_of(sweep, scale, tmp_path, tmp_path / "none"))
+        judged = judged_of(tmp_path, scale)
         assert judged[8].claim == "C9" and judged[8].verdict == verdict
 
 
