@@ -143,6 +143,12 @@ def test_a_slope_lacks_a_place_that_is_declared_or_that_one_of_its_arms_has():
     assert not examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="small"), 0.008).lacks
 
 
+def test_every_sweep_of_a_claim_trains_as_many_seeds_as_a_verdict_needs():
+    for sweep in {part["sweep"] for part in PARTS}:
+        params = yaml.safe_load((ROOT / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
+        assert len(str(params["seed"]).split(",")) >= 3, sweep
+
+
 def test_the_places_declared_are_those_that_the_sweeps_have_by_default():
     places = {part["sweep"]: part["along"]["places"] for part in PARTS if "along" in part}
     for scale, layers in places["position"].items():
