@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Hashable
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ CE = "test/ce"
 
 
 class Outcome(NamedTuple):
-    """What became of one part of a claim. If it cannot be told, `lacks` says why, and there is no estimate."""
+    """What became of one part of a claim. If it cannot be told, `lacks` says why, and there is no estimate. A part that
+    expects nothing has `told` instead."""
 
     part: str  # the contrast in one line
     lacks: str
@@ -30,6 +32,7 @@ class Outcome(NamedTuple):
     floor: float = np.nan  # of noise, in the estimate's unit; NaN if nothing is known of it
     below_floor: bool = False  # the figure is nearer than that to the bound that it was to pass
     diverged: bool = False  # what is lacking has diverged
+    told: str = ""
     unrun: str = ""  # the sweep, if nothing of it was found
 
 
@@ -41,9 +44,8 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     """
     if runs.empty:
         return Outcome(line(part), f"{part['sweep']} was not run", unrun=part["sweep"])
-    weights: dict[Any, float]
-    weights, span = _weights(part, runs)
-    named = list(part.get("range") or weights or part["weights"])
+    places, weights = _places(part, runs), part.get("weights", {})
+    named = part.get("range") or list(dict.fromkeys(_at(name, x) for name in weights for x in places)) or list(weights)
     finished = _finished(runs)
     if lacking := [arm for arm in named if arm not in set(finished["arm"])]:
         others = runs.loc[runs["arm"].isin(lacking)]
@@ -58,10 +60,15 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
         model = fit(own["arm"], own["seed"], figures)
     except ValueError as error:
         return Outcome(line(part), f"{part['sweep']}: {error}")
-    estimate = _range(model, named) if "range" in part else model.contrast(weights)
+    apart = Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
+    if part["expect"] == "told":
+        told = _crossing(part, model, places)
+        return Outcome(line(part), "", told=told, runs=tuple(own["id"])) if told else apart
+    estimate = _range(model, named) if "range" in part else model.contrast(_weights(part, places))
     if np.isnan(estimate.value):
-        return Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
-    floor = np.nan if repeats is None else noise_floor(_figures(part, _finished(repeats))) / span
+        return apart
+    span = float(np.ptp(_axis(part, places))) if places else 1.0
+    floor = np.nan if repeats is None else _floor(part, _finished(repeats)) / span
     told = Outcome(line(part), "", estimate, _unit(part), runs=tuple(own["id"]), floor=floor)
     told = told._replace(left_out=_left_out(runs.loc[runs["arm"].isin(named)]))
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
@@ -86,6 +93,11 @@ def _figures(part: dict[str, Any], runs: pd.DataFrame) -> pd.Series:
     return np.log(figures.where(figures > 0)) if part.get("ratio") else figures
 
 
+def _floor(part: dict[str, Any], repeats: pd.DataFrame) -> float:
+    """Of the part's metric; NaN if these are no repeats, being of several seeds."""
+    return noise_floor(_figures(part, repeats)) if repeats["seed"].nunique() == 1 else np.nan
+
+
 def _standing(arm: str, runs: pd.DataFrame) -> str:
     """An arm, and what became of its runs."""
     outcomes = Counter(runs.loc[runs["arm"] == arm, "outcome"]) if "outcome" in runs else Counter()
@@ -98,36 +110,58 @@ def _range(model: AdditiveModel, arms: list[str]) -> Estimate:
     return max(each, key=lambda estimate: np.nan_to_num(estimate.value, nan=np.inf))
 
 
-def _weights(part: dict[str, Any], runs: pd.DataFrame) -> tuple[dict[str, float], float]:
-    """Of arms, those above 0 summing to 1, and 1; along {x} those of the slope, and from the first to the last x.
-
-    The places are those declared and all that the sweep has for any of the names, whether or not they have finished: a
-    slope over what is left would be another claim. {} of fewer than two.
-    """
-    given = part.get("weights", {})
+def _places(part: dict[str, Any], runs: pd.DataFrame) -> list[float]:
+    """Of {x}: those declared and all that the sweep has for any of the names, whether or not they have finished, for a
+    slope over what is left would be another claim. [] without {x}, or of fewer than two."""
     if "along" not in part:
-        return {arm: weight / sum(w for w in given.values() if w > 0) for arm, weight in given.items()}, 1.0
-    along = part["along"]
-    declared = along.get("places", [])
+        return []
+    declared = part["along"].get("places", [])
     if isinstance(declared, dict):
         declared = declared.get(runs["scale"].iloc[0], []) if "scale" in runs else []
-    arms = [str(arm) for arm in runs["arm"].unique()]
-    places = sorted({float(x) for x in declared}.union(*(_places(name, arms) for name in given)))
-    if len(places) < 2:
-        return {}, 1.0
-    x = np.log(places) / np.log(along["log"]) if "log" in along else np.array(places)
-    slope = slope_weights(x)
-    weights = {_at(name, place): w * s for name, w in given.items() for place, s in zip(places, slope)}
-    return weights, float(x[-1] - x[0])
-
-
-def _places(name: str, arms: list[str]) -> set[float]:
-    pattern = re.escape(name).replace(re.escape("{x}"), r"(\d+)")
-    return {float(match[1]) for arm in arms if (match := re.fullmatch(pattern, arm))}
+    patterns = [re.escape(name).replace(re.escape("{x}"), r"(\d+)") for name in part["weights"] if "{x}" in name]
+    found = [re.fullmatch(pattern, str(arm)) for pattern in patterns for arm in runs["arm"].unique()]
+    places = {float(x) for x in declared} | {float(match[1]) for match in found if match}
+    return sorted(places) if len(places) > 1 else []
 
 
 def _at(name: str, place: float) -> str:
     return name.replace("{x}", f"{place:g}")
+
+
+def _axis(part: dict[str, Any], places: list[float]) -> np.ndarray:
+    """(places,), or their logarithms."""
+    return np.log(places) / np.log(part["along"]["log"]) if "log" in part["along"] else np.array(places)
+
+
+def _weights(part: dict[str, Any], places: list[float]) -> dict[Hashable, float]:
+    """Of arms: those above 0 sum to 1; along {x} those of the slope."""
+    given = part["weights"]
+    if not places:
+        return {arm: weight / sum(w for w in given.values() if w > 0) for arm, weight in given.items()}
+    slope = slope_weights(_axis(part, places))
+    return {_at(name, place): w * s for name, w in given.items() for place, s in zip(places, slope)}
+
+
+def _crossing(part: dict[str, Any], model: AdditiveModel, places: list[float]) -> str:
+    """The figure at each x, and the first x at which it is 0, by straight lines on the axis; "" if one is not known."""
+    each = [model.contrast({_at(name, x): w for name, w in part["weights"].items()}) for x in places]
+    values, axis = [float(estimate.value) for estimate in each], _axis(part, places)
+    if np.isnan(values).any():
+        return ""
+    told = [f"{figure(estimate)} at x = {x:g}" for x, estimate in zip(places, each)]
+    crossed = next((i for i in range(1, len(values)) if values[i - 1] * values[i] <= 0), None)
+    if crossed is None:
+        return "; ".join([*told, "0 nowhere between"])
+    before, after = values[crossed - 1], values[crossed]
+    share = before / (before - after) if before != after else 0.0
+    at = axis[crossed - 1] + share * (axis[crossed] - axis[crossed - 1])
+    return "; ".join([*told, f"0 at x = {part['along']['log'] ** at if 'log' in part['along'] else at:.3g}"])
+
+
+def figure(estimate: Estimate) -> str:
+    """The value and, if there is one, its 95 % interval."""
+    low, high = estimate.interval()
+    return f"{estimate.value:+.4f}" + ("" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
 
 
 def _sides(expect: str, estimate: Estimate, margin: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -143,7 +177,7 @@ def _sides(expect: str, estimate: Estimate, margin: float) -> tuple[tuple[float,
         case "within":  # either side may speak against it
             either = min(1.0, 2 * min(estimate.p_below(-margin), opposite.p_below(-margin)))
             return (estimate.p_within(margin), either), (margin - abs(value), abs(value) - margin)
-    raise ValueError(f"expect must be below, above, within or not_above; got {expect}")
+    raise ValueError(f"expect must be below, above, within, not_above or told; got {expect}")
 
 
 def _above_floor(told: Outcome, p: tuple[float, float], past: tuple[float, float]) -> Outcome:
@@ -170,8 +204,9 @@ def line(part: dict[str, Any]) -> str:
         ]
         what = " ".join(terms).removeprefix("+ ")
     slope = {"along": "slope of ", "ratio": "log ratio of "}
-    prefix = next((text for key, text in slope.items() if key in part), "")
+    prefix = next((text for key, text in slope.items() if key in part), "") if part["expect"] != "told" else "where "
     on = (" on log2 x" if part["along"].get("log") else " on x") if "along" in part else ""
     metric = f" in {part['metric']}" if "metric" in part else ""
     expect = {"below": "< 0", "above": "> 0", "within": "= 0 within the margin", "not_above": "<= the margin"}
+    expect |= {"told": "is 0; decides nothing"}
     return f"{part['sweep']}: {prefix}{what}{on}{metric} {expect[part['expect']]}"

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from analysis.arms import declared, load
 from analysis.behind import read
-from analysis.contrasts import Outcome, examine, line
+from analysis.contrasts import Outcome, examine, figure, line
 from analysis.report import grouping
 from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
@@ -44,11 +44,17 @@ def judge(claims: dict[str, Any], runs: Callable[[str], pd.DataFrame]) -> list[V
         name: [_examined(part, once, claims["margin"]) for part in claim["parts"]]
         for name, claim in claims["claims"].items()
     }
-    sides = [_sides(outcomes) for outcomes in parts.values()]
+    deciding = {
+        name: [each for part, each in zip(claims["claims"][name]["parts"], outcomes) if part["expect"] != "told"]
+        for name, outcomes in parts.items()
+    }
+    sides = [_sides(outcomes) for outcomes in deciding.values()]
     corrected = holm([min(1.0, 2 * min(both)) if not np.isnan(both).any() else np.nan for both in sides])
     judged = zip(parts.items(), sides, corrected)
     return [
-        Verdict(name, claims["claims"][name]["says"], _verdict(outcomes, both, p, claims["level"]), float(p), outcomes)
+        Verdict(
+            name, claims["claims"][name]["says"], _verdict(deciding[name], both, p, claims["level"]), float(p), outcomes
+        )
         for (name, outcomes), both, p in judged
     ]
 
@@ -105,12 +111,10 @@ def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
 
 def _part(part: Outcome) -> list[str]:
     if part.estimate is None:
-        return [f"  {part.part}", *_wrapped(part.lacks)]
-    low, high = part.estimate.interval()
-    interval = "" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]"
-    figure = f"{part.estimate.value:+.4f}{interval} {part.unit}, n = {part.estimate.n}"
+        return [f"  {part.part}", *_wrapped(part.lacks or part.told), *_wrapped(" ".join(part.runs))]
     p = f"p for {_number(part.p_for)}, against {_number(part.p_against)}"
-    return [f"  {part.part}", f"    {figure}; {p}", *_wrapped(" ".join(part.runs))]
+    said = f"    {figure(part.estimate)} {part.unit}, n = {part.estimate.n}; {p}"
+    return [f"  {part.part}", said, *_wrapped(" ".join(part.runs))]
 
 
 def _wrapped(text: str) -> list[str]:

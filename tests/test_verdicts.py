@@ -61,7 +61,8 @@ def plant(
 
 COEFFICIENTS = [f"switch_coef_{x}" for x in ("0", "0.001", "0.01", "0.1", "1")]
 METHODS = {"hash_balanced": 0, "hash_random": 0.003, "hash_clustered": 0.03, "hash_dispersed": 0.003}
-METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_next_token": -2.0}
+METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_predicted": 0.08}
+METHODS |= {"hash_next_token": -2.0}
 
 
 def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
@@ -77,10 +78,10 @@ def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
         "position": {f"hash_balanced_layer_{x}": -0.01 * x for x in range(3)},
         "finetune": {"hash_balanced_tuned": -0.03, "switch_tuned": 0},
         "load_balance": dict(zip(COEFFICIENTS, (0.1, 0.05, 0, 0, 0))),
-        "horizon": {"hash_balanced_1x": -0.2, "dense_1x": 0, "dense_2x": -0.1},
+        "horizon": {"hash_balanced_1x": -0.2, "dense_1x": 0, "dense_2x": -0.1, "dense_4x": -0.3},
     }
     exact = {arm: {"data_fingerprint": "words"} for arm in ("hash_balanced_words", "switch_words")}
-    exact |= {"dense_2x": {"token_budget": 512}}
+    exact |= {"dense_2x": {"token_budget": 512}, "dense_4x": {"token_budget": 1024}}
     for sweep, effects in sweeps.items():
         plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()}, exact)
     speeds = {"hash_balanced": 1 + 0.1 * size, "base": 1.0}
@@ -173,6 +174,33 @@ def test_a_range_over_equal_arms_is_found_in_five_of_a_hundred():
     assert 0 < np.mean(found) < 0.1
 
 
+def test_where_a_figure_is_0_is_told_and_decides_nothing():
+    part = {"sweep": "any", "weights": {"a_{x}x": 1, "b_1x": -1}, "along": {"log": 2, "places": [1, 2, 4]}}
+    part |= {"expect": "told"}
+    losses = {"a_1x": [5.3, 5.4], "a_2x": [5.1, 5.2], "a_4x": [4.9, 5.0], "b_1x": [5.0, 5.1]}
+    found = examine(part, frame(losses), 0.008)  # 0.3, 0.1 and -0.1: 0 half way from 2 to 4 on the logarithm
+    assert found.told.endswith("; 0 at x = 2.83") and found.told.startswith("+0.3000 [+0.3000, +0.3000] at x = 1; ")
+    assert examine(part, frame(losses | {"a_4x": [5.01, 5.11]}), 0.008).told.endswith("; 0 nowhere between")
+    apart = frame(losses)
+    apart.loc[apart["arm"] == "b_1x", "seed"] += 2
+    assert examine(part, apart, 0.008).lacks == "any has no seeds that a_1x, a_2x, a_4x, b_1x share"
+
+    decides = part | {"weights": {"a_1x": 1, "b_1x": -1}, "expect": "above"}
+    del decides["along"]
+    claims = {"margin": 0.008, "level": 0.05, "claims": {"C": {"says": "", "parts": [decides, part]}}}
+    both = {"a_1x": [5.3, 5.41, 5.5], "b_1x": [5.0, 5.1, 5.2]}
+    [verdict] = judge(claims, lambda sweep: frame(both))
+    assert verdict.verdict == "supported" and verdict.parts[1].lacks.endswith("run of a_2x, a_4x")
+
+
+def test_the_oracle_is_compared_with_every_other_hash():
+    sweep = yaml.safe_load((ROOT / "sweeps" / "hash_methods.yaml").read_text())["hydra"]["sweeper"]["params"]
+    hashes = {name.strip() for name in sweep["router"].split(",")} - {"dense", "hash_next_token"}
+    weights = [part["weights"] for part in CLAIMS["claims"]["C4"]["parts"]]
+    assert weights == [{"hash_next_token": 1, other: -1} for each in weights for other in each if each[other] < 0]
+    assert {arm for each in weights for arm in each} - {"hash_next_token"} == hashes
+
+
 def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_side():
     runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.109, 5.211]})  # a is below b by 0.01, p = 0.002
     # two repeats 0.001 apart: deviation 0.001 / sqrt 2, and t of 0.975 on 1 degree is 12.706: a floor of 0.012706
@@ -181,6 +209,7 @@ def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_
     found = examine(below, runs, 0.008, repeats)
     assert found.floor == pytest.approx(0.012706, abs=1e-6) and found.below_floor and found.p_for == 1
     assert examine(below, runs, 0.008).p_for < 0.002 and np.isnan(examine(below, runs, 0.008).floor)
+    assert np.isnan(examine(below, runs, 0.008, frame({"r": [5.0, 5.1]})).floor)  # two seeds are no repeats
     wider = frame({"a": [4.99, 5.09, 5.19], "b": [5.01, 5.109, 5.211]})
     assert examine(below, wider, 0.008, repeats).p_for < 0.002 and not examine(below, wider, 0.008, repeats).below_floor
     # equal figures are within a margin of 0.02, but not within one of 0.008, which is less than the floor
