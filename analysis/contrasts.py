@@ -33,6 +33,7 @@ class Outcome(NamedTuple):
     below_floor: bool = False  # the figure is nearer than that to the bound that it was to pass
     diverged: bool = False  # what is lacking has diverged
     told: str = ""
+    read: str = ""  # where the runs stood, if they say
     unrun: str = ""  # the sweep, if nothing of it was found
 
 
@@ -60,17 +61,18 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
         model = fit(own["arm"], own["seed"], figures)
     except ValueError as error:
         return Outcome(line(part), f"{part['sweep']}: {error}")
+    behind: Any = {"runs": tuple(own["id"]), "left_out": _left_out(runs.loc[runs["arm"].isin(named)])}
+    behind["read"] = str(runs["read"].iloc[0]) if "read" in runs else ""
     apart = Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
     if part["expect"] == "told":
         told = _crossing(part, model, places)
-        return Outcome(line(part), "", told=told, runs=tuple(own["id"])) if told else apart
+        return Outcome(line(part), "", told=told, **behind) if told else apart
     estimate = _range(model, named) if "range" in part else model.contrast(_weights(part, places))
     if np.isnan(estimate.value):
         return apart
     span = float(np.ptp(_axis(part, places))) if places else 1.0
     floor = np.nan if repeats is None else _floor(part, _finished(repeats)) / span
-    told = Outcome(line(part), "", estimate, _unit(part), runs=tuple(own["id"]), floor=floor)
-    told = told._replace(left_out=_left_out(runs.loc[runs["arm"].isin(named)]))
+    told = Outcome(line(part), "", estimate, _unit(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
         p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
         return _above_floor(told, (float(p_for), estimate.p_within(margin)), (estimate.value, margin - estimate.value))
@@ -95,7 +97,7 @@ def _figures(part: dict[str, Any], runs: pd.DataFrame) -> pd.Series:
 
 def _floor(part: dict[str, Any], repeats: pd.DataFrame) -> float:
     """Of the part's metric; NaN if these are no repeats, being of several seeds."""
-    return noise_floor(_figures(part, repeats)) if repeats["seed"].nunique() == 1 else np.nan
+    return noise_floor(_figures(part, repeats)) if len(set(repeats["seed"])) == 1 else np.nan
 
 
 def _standing(arm: str, runs: pd.DataFrame) -> str:

@@ -100,21 +100,31 @@ def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
 
 
 def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
-    """The verdicts, then each part with its figure and the runs behind it."""
+    """The verdicts; each part that runs are there for, with its figure and these runs; and what was not run."""
     rows = [[each.claim, each.verdict, _number(each.p), each.says] for each in verdicts]
     lines = [f"The claims at scale {scale}; p is Holm's over {len(verdicts)}, a verdict needs p < {level:g}", ""]
-    lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True), ""]
+    widths = [None, 19, None, 80]
+    lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True, maxcolwidths=widths), ""]
     for each in verdicts:
-        lines += [f"{each.claim} {each.verdict}: {each.says}", *(line for part in each.parts for line in _part(part))]
+        found = [part for part in each.parts if not part.unrun]
+        lines += [f"{each.claim} {each.verdict}"] * bool(found) + [line for part in found for line in _part(part)]
+    unrun = dict.fromkeys(part.unrun for each in verdicts for part in each.parts if part.unrun)
+    if unrun:
+        lines += wrap(f"not run at scale {scale}: {', '.join(unrun)}", 116, subsequent_indent="  ")
+        lines.append(f"  python run.py -m sweeps=NAME scale={scale}")
     return "\n".join(lines)
 
 
 def _part(part: Outcome) -> list[str]:
-    if part.estimate is None:
-        return [f"  {part.part}", *_wrapped(part.lacks or part.told), *_wrapped(" ".join(part.runs))]
-    p = f"p for {_number(part.p_for)}, against {_number(part.p_against)}"
-    said = f"    {figure(part.estimate)} {part.unit}, n = {part.estimate.n}; {p}"
-    return [f"  {part.part}", said, *_wrapped(" ".join(part.runs))]
+    said = part.lacks or part.told
+    if part.estimate is not None:
+        floor = "unknown" if np.isnan(part.floor) else f"{part.floor:.4f}"
+        said = f"{figure(part.estimate)} {part.unit}, n = {part.estimate.n}; "
+        said += f"p for {_number(part.p_for)}, against {_number(part.p_against)}; noise floor {floor}"
+    read = f"{part.read}: " if part.read else ""
+    runs = _wrapped(read + " ".join(part.runs)) if part.runs else []
+    left_out = _wrapped("not counted: " + ", ".join(part.left_out)) if part.left_out else []
+    return [f"  {part.part}", *_wrapped(said), *runs, *left_out]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from conftest import ROOT, compose_config, tiny_words
 from analysis.behind import write
 from analysis.contrasts import examine
 from analysis.runs import read_study
-from analysis.verdicts import Verdict, judge, main, read_claims, runs_of
+from analysis.verdicts import Verdict, judge, main, printed, read_claims, runs_of
 from training.job import FINISHED, run
 
 SEEDS = 4
@@ -275,11 +275,29 @@ def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, ca
     words = ["verdicts", "smoke", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", words)
     main()
-    printed = capsys.readouterr().out
-    assert "C9   supported" in printed and printed.count("not run") >= 11
-    assert "finetune: hash_balanced_tuned - switch_tuned < 0\n    -0." in printed
-    assert "hash_balanced_tuned-s0-00000000" in printed and "switch_tuned-s3-" in printed
-    assert max(map(len, printed.splitlines())) <= 120
+    said = capsys.readouterr().out
+    assert "C9   supported" in said and said.count("not run") == 12  # eleven claims, and the sweeps of them
+    assert str(committed / "runs.csv") + ": hash_balanced_tuned-s0-" in "".join(said.split("\n   "))
+    assert "finetune: hash_balanced_tuned - switch_tuned < 0\n    -0." in said
+    assert "hash_balanced_tuned-s0-00000000" in said and "switch_tuned-s3-" in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_nothing_is_printed_twice_where_nothing_was_run():
+    said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05)
+    assert said.count("C4") == 1 and said.count("not run") == 13
+    for claim in CLAIMS["claims"].values():
+        assert " ".join(said.split()).count(claim["says"].split(";")[0]) == 1
+    assert said.endswith("finetune,\n  load_balance, horizon\n  python run.py -m sweeps=NAME scale=smoke")
+
+
+def test_runs_that_do_not_count_are_named(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.03, "switch_tuned": 0})
+    lost = next(tmp_path.glob("switch_tuned-s3-*"))
+    (lost / "result.json").unlink()
+    found = judged_of(tmp_path)
+    assert found[8].verdict == "supported" and found[8].parts[0].left_out == (f"{lost.name} (stopped)",)
+    assert f"    not counted: {lost.name} (stopped)\n" in printed(found, "smoke", 0.05)
 
 
 def test_run_folders_come_before_committed_results_and_those_of_another_scale_after(trained, tmp_path):
