@@ -47,13 +47,12 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
         return Outcome(line(part), f"{part['sweep']} was not run", unrun=part["sweep"])
     places, weights = _places(part, runs), part.get("weights", {})
     named = part.get("range") or list(dict.fromkeys(_at(name, x) for name in weights for x in places)) or list(weights)
-    finished = _finished(runs)
-    if lacking := [arm for arm in named if arm not in set(finished["arm"])]:
-        others = runs.loc[runs["arm"].isin(lacking)]
-        standing = ", ".join(_standing(arm, others) for arm in lacking)
-        diverged = "outcome" in others and (others["outcome"] == "diverged").to_numpy().any()
-        return Outcome(line(part), f"{part['sweep']} has no finished run of {standing}", diverged=bool(diverged))
-    own = finished.loc[finished["arm"].isin(named)]
+    planned = runs.loc[runs["arm"].isin(named)]
+    own = _finished(planned)
+    if lacking := [arm for arm in named if arm not in set(own["arm"])]:
+        standing = ", ".join(_standing(arm, planned) for arm in lacking)
+        lacks = f"{part['sweep']} has no finished run of {standing}"
+        return Outcome(line(part), lacks, diverged=" diverged" in standing)
     figures = _figures(part, own)
     if unknown := list(own["id"][~np.isfinite(figures)]):
         return Outcome(line(part), f"{part['sweep']} has no figure of {part.get('metric', CE)} in {', '.join(unknown)}")
@@ -61,7 +60,7 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
         model = fit(own["arm"], own["seed"], figures)
     except ValueError as error:
         return Outcome(line(part), f"{part['sweep']}: {error}")
-    behind: Any = {"runs": tuple(own["id"]), "left_out": _left_out(runs.loc[runs["arm"].isin(named)])}
+    behind: Any = {"runs": tuple(own["id"]), "left_out": _left_out(planned)}
     behind["read"] = str(runs["read"].iloc[0]) if "read" in runs else ""
     apart = Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
     if part["expect"] == "told":
@@ -71,7 +70,7 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     if np.isnan(estimate.value):
         return apart
     span = float(np.ptp(_axis(part, places))) if places else 1.0
-    floor = np.nan if repeats is None else _floor(part, _finished(repeats)) / span
+    floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats)) / span
     told = Outcome(line(part), "", estimate, _unit(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
         p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
@@ -84,8 +83,8 @@ def _finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _left_out(runs: pd.DataFrame) -> tuple[str, ...]:
-    others = runs.loc[runs["outcome"] != "finished"] if "outcome" in runs else runs.iloc[:0]
-    return tuple(f"{run} ({outcome})" for run, outcome in zip(others["id"], others.get("outcome", [])))
+    outcomes = zip(runs["id"], runs["outcome"]) if "outcome" in runs else ()
+    return tuple(f"{run} ({outcome})" for run, outcome in outcomes if outcome != "finished")
 
 
 def _figures(part: dict[str, Any], runs: pd.DataFrame) -> pd.Series:

@@ -125,6 +125,90 @@ def test_a_difference_is_the_paired_t_test_of_its_two_arms():
     assert found.runs == ("a-s0-0", "a-s1-0", "a-s2-0", "b-s0-0", "b-s1-0", "b-s2-0")
 
 
+def tail(t: float) -> float:
+    """P(T > t) of Student's t on 2 degrees of freedom, in closed form."""
+    return (1 - t / (t**2 + 2) ** 0.5) / 2
+
+
+def steps_of(middle: float, step: float) -> np.ndarray:
+    """Three differences, whose mean has the standard error step / sqrt(3)."""
+    return middle + step * np.array([-1, 0, 1])
+
+
+SEED_EFFECTS = np.array([5.0, 5.1, 5.25])
+
+
+def verdict_of(claim: str, sweeps: dict[str, dict[str, np.ndarray]]) -> Verdict:
+    """Of the declared claim alone: Holm's correction over one."""
+    only = CLAIMS | {"claims": {claim: CLAIMS["claims"][claim]}}
+    frames = {
+        sweep: frame({arm: (SEED_EFFECTS + effect).tolist() for arm, effect in arms.items()})
+        for sweep, arms in sweeps.items()
+    }
+    return judge(only, lambda sweep: frames.get(sweep, pd.DataFrame()))[0]
+
+
+@pytest.mark.parametrize(
+    ("main", "base", "verdict", "p"),
+    [
+        # 0.004 and 0.006 below the margin at an error of 0.001 / sqrt 3: t of sqrt 48 and sqrt 108, the larger p, twice
+        (0.004, 0.002, "supported", 2 * tail(48**0.5)),
+        # 0.004 above the margin in one part of two: twice for the parts, and twice for the sides
+        (0.012, 0.002, "contradicted", 2 * 2 * tail(48**0.5)),
+        # neither: 0.001 above the margin is t = sqrt 3
+        (0.009, 0.002, "not separated", 2 * 2 * tail(3**0.5)),
+    ],
+)
+def test_p_of_c1_by_hand(main, base, verdict, p):
+    sweeps = {"main": {"hash_balanced_1x64": steps_of(main, 0.001), "switch_1x64": np.zeros(3)}}
+    sweeps["base_comparison"] = {"hash_balanced": steps_of(base, 0.001), "base": np.zeros(3)}
+    found = verdict_of("C1", sweeps)
+    assert found.verdict == verdict and found.p == pytest.approx(p, rel=1e-6)
+    assert found.parts[0].p_for == pytest.approx(tail((0.008 - main) / 0.001 * 3**0.5), rel=1e-6)
+    assert found.parts[0].p_against == pytest.approx(tail((main - 0.008) / 0.001 * 3**0.5), rel=1e-6)
+
+
+def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdict:
+    """By what is taken from the loss: of clustered for the first two, of random for dispersed."""
+    arms = {"hash_clustered": np.zeros(3), "hash_balanced": -balanced, "hash_random": -random}
+    return verdict_of("C2", {"hash_methods": arms | {"hash_dispersed": -random - dispersed}})
+
+
+def test_p_of_c2_by_hand():
+    # t of sqrt 48, sqrt 27 and, of the nearer margin, sqrt 48: the largest p is that of random, twice
+    found = c2(steps_of(0.04, 0.01), steps_of(0.06, 0.02), steps_of(0.004, 0.001))
+    assert found.verdict == "supported" and found.p == pytest.approx(2 * tail(27**0.5), rel=1e-6)
+    # random above clustered by t = sqrt 108: three times for the parts, twice for the sides
+    found = c2(steps_of(0.04, 0.01), steps_of(-0.06, 0.01), steps_of(0.004, 0.001))
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * tail(108**0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_either_side_of_the_margin_speaks_against_equal(sign):
+    found = c2(steps_of(0.04, 0.001), steps_of(0.06, 0.001), sign * steps_of(0.017, 0.001))
+    assert found.parts[2].p_against == pytest.approx(2 * tail(9 * 3**0.5), rel=1e-6)  # twice for the two sides
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * 2 * tail(9 * 3**0.5), rel=1e-6)
+
+
+def test_without_an_effect_five_tables_of_a_hundred_have_a_verdict():
+    """Two claims a table, each with its figure on the bound: no more may be said, and Holm's correction lets as much
+    be said by chance."""
+    bounds = {"below": 0.0, "within": 0.008}
+    claims: dict = {"margin": 0.008, "level": 0.05, "claims": {}}
+    for expect in bounds:
+        part = {"sweep": "any", "weights": {expect: 1, f"reference_of_{expect}": -1}, "expect": expect}
+        claims["claims"][expect] = {"says": "", "parts": [part]}
+    draws, said = np.random.default_rng(0), []
+    for _ in range(250):
+        seeds = draws.standard_normal(3)
+        losses = {arm: seeds + bound + 0.001 * draws.standard_normal(3) for arm, bound in bounds.items()}
+        losses |= {f"reference_of_{arm}": seeds + 0.001 * draws.standard_normal(3) for arm in bounds}
+        table = frame({arm: own.tolist() for arm, own in losses.items()})
+        verdicts = judge(claims, lambda sweep, table=table: table)
+        said.append({each.verdict for each in verdicts} != {"not separated"})
+    assert 0.01 < np.mean(said) < 0.065
+
+
 def test_a_slope_is_over_the_places_that_all_arms_have():
     lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
     part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
