@@ -1,18 +1,25 @@
 """A declared contrast on the runs of a sweep: its figure, and how well the runs bear it out or speak against it."""
 
 import re
+from collections import Counter
+from collections.abc import Hashable
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import studentized_range
 
-from analysis.additive_model import fit
+from analysis.additive_model import AdditiveModel, fit
 from analysis.statistics import Estimate, slope_weights
+from analysis.variation import noise_floor
+
+CE = "test/ce"
 
 
 class Outcome(NamedTuple):
-    """What became of one part of a claim. Without runs `lacks` says which, and nothing else is there."""
+    """What became of one part of a claim. If it cannot be told, `lacks` says why, and there is no estimate. A part that
+    expects nothing has `told` instead."""
 
     part: str  # the contrast in one line
     lacks: str
@@ -21,68 +28,163 @@ class Outcome(NamedTuple):
     p_for: float = np.nan  # one-sided: small if what is expected holds
     p_against: float = np.nan  # one-sided: small if its opposite does
     runs: tuple[str, ...] = ()  # by id
+    left_out: tuple[str, ...] = ()  # those of the same arms that have not finished, and what became of them
+    floor: float = np.nan  # of noise, in the estimate's unit; NaN if nothing is known of it
+    below_floor: bool = False  # the figure is nearer than that to the bound that it was to pass
+    diverged: bool = False  # what is lacking has diverged
+    told: str = ""
+    read: str = ""  # where the runs stood, if they say
+    unrun: str = ""  # the sweep, if nothing of it was found
 
 
-def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float) -> Outcome:
-    """runs: those of the part's sweep that count: id, arm, seed and the metric. margin in nats.
+def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd.DataFrame | None = None) -> Outcome:
+    """runs: those of the part's sweep: id, arm, seed, the metric and, unless all have finished, outcome; with `scale`,
+    places that are declared by scale are known. margin in nats. repeats: runs of one configuration and seed.
 
     By the additive model arm + seed over the arms that the contrast names. ValueError for an unknown expectation.
     """
-    weights = _weights(part, list(runs["arm"].unique()))
-    named = list(part.get("range") or weights or part["weights"])
-    if lacks := [arm for arm in named if arm not in set(runs["arm"])]:
-        return Outcome(_line(part), f"{part['sweep']} has no finished run of {', '.join(lacks)}")
-    own = runs.loc[runs["arm"].isin(named)]
-    figures = own[part.get("metric", "test/ce")].astype(float)
-    model = fit(own["arm"], own["seed"], np.log(figures) if part.get("ratio") else figures)
-    means = own.assign(figure=figures).groupby("arm")["figure"].mean() if "range" in part else pd.Series(dtype=float)
-    chosen = {means.idxmax(): 1.0, means.idxmin(): -1.0} if "range" in part else weights
-    estimate = model.contrast(chosen)
-    p_for, p_against = _p(part["expect"], estimate, margin)
+    if runs.empty:
+        return Outcome(line(part), f"{part['sweep']} was not run", unrun=part["sweep"])
+    places, weights = _places(part, runs), part.get("weights", {})
+    named = part.get("range") or list(dict.fromkeys(_at(name, x) for name in weights for x in places)) or list(weights)
+    planned = runs.loc[runs["arm"].isin(named)]
+    own = _finished(planned)
+    if lacking := [arm for arm in named if arm not in set(own["arm"])]:
+        standing = ", ".join(_standing(arm, planned) for arm in lacking)
+        lacks = f"{part['sweep']} has no finished run of {standing}"
+        return Outcome(line(part), lacks, diverged=" diverged" in standing)
+    figures = _figures(part, own)
+    if unknown := list(own["id"][~np.isfinite(figures)]):
+        return Outcome(line(part), f"{part['sweep']} has no figure of {part.get('metric', CE)} in {', '.join(unknown)}")
+    try:
+        model = fit(own["arm"], own["seed"], figures)
+    except ValueError as error:
+        return Outcome(line(part), f"{part['sweep']}: {error}")
+    behind: Any = {"runs": tuple(own["id"]), "left_out": _left_out(planned)}
+    behind["read"] = str(runs["read"].iloc[0]) if "read" in runs else ""
+    apart = Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
+    if part["expect"] == "told":
+        told = _crossing(part, model, places)
+        return Outcome(line(part), "", told=told, **behind) if told else apart
+    estimate = _range(model, named) if "range" in part else model.contrast(_weights(part, places))
+    if np.isnan(estimate.value):
+        return apart
+    span = float(np.ptp(_axis(part, places))) if places else 1.0
+    floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats)) / span
+    told = Outcome(line(part), "", estimate, _unit(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
-        p_for = float(studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof)) if model.dof else np.nan
-        p_against = estimate.p_within(margin)
-    return Outcome(_line(part), "", estimate, _unit(part), float(p_for), float(p_against), tuple(own["id"]))
+        p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
+        return _above_floor(told, (float(p_for), estimate.p_within(margin)), (estimate.value, margin - estimate.value))
+    return _above_floor(told, *_sides(part["expect"], estimate, margin))
 
 
-def _weights(part: dict[str, Any], arms: list[str]) -> dict[str, float]:
-    """Of arms, those above 0 summing to 1. Along {x} of each place that all names have; {} of fewer than two places."""
+def _finished(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs.loc[runs["outcome"] == "finished"] if "outcome" in runs else runs
+
+
+def _left_out(runs: pd.DataFrame) -> tuple[str, ...]:
+    outcomes = zip(runs["id"], runs["outcome"]) if "outcome" in runs else ()
+    return tuple(f"{run} ({outcome})" for run, outcome in outcomes if outcome != "finished")
+
+
+def _figures(part: dict[str, Any], runs: pd.DataFrame) -> pd.Series:
+    """The part's metric, or its logarithm; NaN where a run has none."""
+    metric = part.get("metric", CE)
+    figures: Any = runs[metric].astype(float) if metric in runs else pd.Series(np.nan, runs.index)
+    return np.log(figures.where(figures > 0)) if part.get("ratio") else figures
+
+
+def _floor(part: dict[str, Any], repeats: pd.DataFrame) -> float:
+    """Of the part's metric; NaN if these are no repeats, being of several seeds."""
+    return noise_floor(_figures(part, repeats)) if len(set(repeats["seed"])) == 1 else np.nan
+
+
+def _standing(arm: str, runs: pd.DataFrame) -> str:
+    """An arm, and what became of its runs."""
+    outcomes = Counter(runs.loc[runs["arm"] == arm, "outcome"]) if "outcome" in runs else Counter()
+    return arm + (f" ({', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())})" if outcomes else "")
+
+
+def _range(model: AdditiveModel, arms: list[str]) -> Estimate:
+    """The worst less the best; NaN if a difference cannot be told."""
+    each = [model.contrast({worst: 1.0, best: -1.0}) for worst, best in permutations(arms, 2)]
+    return max(each, key=lambda estimate: np.nan_to_num(estimate.value, nan=np.inf))
+
+
+def _places(part: dict[str, Any], runs: pd.DataFrame) -> list[float]:
+    """Of {x}: those declared and all that the sweep has for any of the names, whether or not they have finished, for a
+    slope over what is left would be another claim. [] without {x}, or of fewer than two."""
     if "along" not in part:
-        given = part.get("weights", {})
+        return []
+    declared = part["along"].get("places", [])
+    if isinstance(declared, dict):
+        declared = declared.get(runs["scale"].iloc[0], []) if "scale" in runs else []
+    patterns = [re.escape(name).replace(re.escape("{x}"), r"(\d+)") for name in part["weights"] if "{x}" in name]
+    found = [re.fullmatch(pattern, str(arm)) for pattern in patterns for arm in runs["arm"].unique()]
+    places = {float(x) for x in declared} | {float(match[1]) for match in found if match}
+    return sorted(places) if len(places) > 1 else []
+
+
+def _at(name: str, place: float) -> str:
+    return name.replace("{x}", f"{place:g}")
+
+
+def _axis(part: dict[str, Any], places: list[float]) -> np.ndarray:
+    """(places,), or their logarithms."""
+    return np.log(places) / np.log(part["along"]["log"]) if "log" in part["along"] else np.array(places)
+
+
+def _weights(part: dict[str, Any], places: list[float]) -> dict[Hashable, float]:
+    """Of arms: those above 0 sum to 1; along {x} those of the slope."""
+    given = part["weights"]
+    if not places:
         return {arm: weight / sum(w for w in given.values() if w > 0) for arm, weight in given.items()}
-    places = {name: _places(name, arms) for name in part["weights"]}
-    common = sorted(set.intersection(*(set(found) for found in places.values())))
-    if len(common) < 2:
-        return {}
-    of = part["along"].get("log")
-    slope = slope_weights(np.log(common) / np.log(of) if of else common)
-    return {
-        found[x]: w * s
-        for name, found in places.items()
-        for w in [part["weights"][name]]
-        for x, s in zip(common, slope)
-    }
+    slope = slope_weights(_axis(part, places))
+    return {_at(name, place): w * s for name, w in given.items() for place, s in zip(places, slope)}
 
 
-def _places(name: str, arms: list[str]) -> dict[float, str]:
-    """x -> arm."""
-    pattern = re.escape(name).replace(re.escape("{x}"), r"(\d+)")
-    return {float(match[1]): arm for arm in arms if (match := re.fullmatch(pattern, arm))}
+def _crossing(part: dict[str, Any], model: AdditiveModel, places: list[float]) -> str:
+    """The figure at each x, and the first x at which it is 0, by straight lines on the axis; "" if one is not known."""
+    each = [model.contrast({_at(name, x): w for name, w in part["weights"].items()}) for x in places]
+    values, axis = [float(estimate.value) for estimate in each], _axis(part, places)
+    if np.isnan(values).any():
+        return ""
+    told = [f"{figure(estimate)} at x = {x:g}" for x, estimate in zip(places, each)]
+    crossed = next((i for i in range(1, len(values)) if values[i - 1] * values[i] <= 0), None)
+    if crossed is None:
+        return "; ".join([*told, "0 nowhere between"])
+    before, after = values[crossed - 1], values[crossed]
+    share = before / (before - after) if before != after else 0.0
+    at = axis[crossed - 1] + share * (axis[crossed] - axis[crossed - 1])
+    return "; ".join([*told, f"0 at x = {part['along']['log'] ** at if 'log' in part['along'] else at:.3g}"])
 
 
-def _p(expect: str, estimate: Estimate, margin: float) -> tuple[float, float]:
-    """p of what is expected, and p of its opposite, each one-sided."""
-    opposite = estimate._replace(value=-estimate.value)
+def figure(estimate: Estimate) -> str:
+    """The value and, if there is one, its 95 % interval."""
+    low, high = estimate.interval()
+    return f"{estimate.value:+.4f}" + ("" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def _sides(expect: str, estimate: Estimate, margin: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """p of what is expected and of its opposite, each one-sided; and how far the value is past the bound of each."""
+    opposite, value = estimate._replace(value=-estimate.value), estimate.value
     match expect:
         case "below":
-            return estimate.p_below(0.0), opposite.p_below(0.0)
+            return (estimate.p_below(0.0), opposite.p_below(0.0)), (-value, value)
         case "above":
-            return opposite.p_below(0.0), estimate.p_below(0.0)
+            return (opposite.p_below(0.0), estimate.p_below(0.0)), (value, -value)
         case "not_above":
-            return estimate.p_below(margin), opposite.p_below(-margin)
+            return (estimate.p_below(margin), opposite.p_below(-margin)), (margin - value, value - margin)
         case "within":  # either side may speak against it
-            return estimate.p_within(margin), min(1.0, 2 * min(estimate.p_below(-margin), opposite.p_below(-margin)))
-    raise ValueError(f"expect must be below, above, within or not_above; got {expect}")
+            either = min(1.0, 2 * min(estimate.p_below(-margin), opposite.p_below(-margin)))
+            return (estimate.p_within(margin), either), (margin - abs(value), abs(value) - margin)
+    raise ValueError(f"expect must be below, above, within, not_above or told; got {expect}")
+
+
+def _above_floor(told: Outcome, p: tuple[float, float], past: tuple[float, float]) -> Outcome:
+    """With both p, where what is past its bound by less than the noise floor has a p of 1."""
+    raised = [1.0 if distance < told.floor and not np.isnan(each) else float(each) for each, distance in zip(p, past)]
+    return told._replace(p_for=raised[0], p_against=raised[1], below_floor=max(past) < told.floor)
 
 
 def _unit(part: dict[str, Any]) -> str:
@@ -92,7 +194,8 @@ def _unit(part: dict[str, Any]) -> str:
     return "nats" if along is None else "nats a doubling" if along.get("log") == 2 else "nats a step"
 
 
-def _line(part: dict[str, Any]) -> str:
+def line(part: dict[str, Any]) -> str:
+    """The contrast, its sweep and what is expected, in words."""
     if "range" in part:
         what = f"the worst less the best of {part['range'][0]} to {part['range'][-1]}"
     else:
@@ -102,8 +205,9 @@ def _line(part: dict[str, Any]) -> str:
         ]
         what = " ".join(terms).removeprefix("+ ")
     slope = {"along": "slope of ", "ratio": "log ratio of "}
-    prefix = next((text for key, text in slope.items() if key in part), "")
+    prefix = next((text for key, text in slope.items() if key in part), "") if part["expect"] != "told" else "where "
     on = (" on log2 x" if part["along"].get("log") else " on x") if "along" in part else ""
     metric = f" in {part['metric']}" if "metric" in part else ""
     expect = {"below": "< 0", "above": "> 0", "within": "= 0 within the margin", "not_above": "<= the margin"}
+    expect |= {"told": "is 0; decides nothing"}
     return f"{part['sweep']}: {prefix}{what}{on}{metric} {expect[part['expect']]}"

@@ -14,7 +14,8 @@ import yaml
 
 from analysis.metrics import Metrics, parsed, read_metrics
 
-# What runs must share to be averaged or compared, and the outcome of those that do not.
+# What runs must share to be averaged or compared, and the outcome of those that do not: the code over the whole sweep,
+# as contrasts may cross its groups, the others in each group.
 COMPARABLE = {"data_fingerprint": "other data", "token_budget": "other token budget", "code": "other commit"}
 ENDED = ("finished", "diverged")  # the outcomes of runs that have a result
 
@@ -62,20 +63,26 @@ def read_study(
     ValueError if there is neither, or if no run has finished.
     """
     record = read_record(name, folder, mirrors)
-    found = {run: find_run(folder, run, mirrors) for run in dict.fromkeys(cell["run"] for cell in record.cells)}
-    rows = [found[cell["run"]].row | {key: cell[key] for key in cell if key != "run"} for cell in record.cells]
-    outcomes = Counter(row["outcome"] for row in rows)
-    if "finished" not in outcomes:
-        listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none listed"
+    runs, found = read_runs(record, folder, mirrors, group)
+    if "finished" not in set(runs["outcome"]):
+        outcomes = Counter(runs["outcome"]).items()
+        listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
-    for each in dict.fromkeys(group(row["arm"]) for row in rows):
-        _set_apart([row for row in rows if group(row["arm"]) == each])
-    runs = pd.DataFrame(rows)
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
     curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])
     config = found[counted["id"].iloc[0]].config()
     return Study(name, record.scale, record.command, runs, counted, curves, config)
+
+
+def read_runs(
+    record: Record, folder: Path, mirrors: Sequence[Mirror] = (), group: Callable[[str], str] = lambda arm: ""
+) -> tuple[pd.DataFrame, dict[str, Found]]:
+    """Study.runs of a record, also if none has finished, and by id what was found of each run."""
+    found = {run: find_run(folder, run, mirrors) for run in dict.fromkeys(cell["run"] for cell in record.cells)}
+    rows = [found[cell["run"]].row | {key: cell[key] for key in cell if key != "run"} for cell in record.cells]
+    _set_apart(rows, group)
+    return pd.DataFrame(rows, columns=None if rows else ["id", "arm", "seed", "outcome"]), found
 
 
 def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Record:
@@ -126,16 +133,18 @@ def identity(name: str) -> dict[str, Any]:
     return {"id": name, "arm": match[1], "seed": int(match[2]), "outcome": "", "why": "", "flaws": ""}
 
 
-def _set_apart(rows: list[dict[str, Any]]) -> None:
+def _set_apart(rows: list[dict[str, Any]], group: Callable[[str], str]) -> None:
     """Who differs from most finished runs gets an outcome that says so."""
     for key, outcome in COMPARABLE.items():
-        finished = [row for row in rows if row["outcome"] == "finished"]
-        if not finished:
-            return
-        kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in job order
-        for row in finished:
-            if row.get(key) != kept:
-                row.update(outcome=outcome, why=f"{str(row.get(key))[:23]}, not {str(kept)[:23]}")
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["outcome"] == "finished":
+                groups.setdefault("" if key == "code" else group(row["arm"]), []).append(row)
+        for finished in groups.values():
+            kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in order
+            for row in finished:
+                if row.get(key) != kept:
+                    row.update(outcome=outcome, why=f"{str(row.get(key))[:23]}, not {str(kept)[:23]}")
 
 
 def _outcome(folder: Path, metrics: Metrics) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 Claims and their contrasts are declared in claims.yaml. A claim's p is twice the smaller of two: that of its parts taken
 together (the largest, for all must hold) and that of the strongest speaking against it (times the number of parts).
-Holm's correction is over all claims, also those that no runs are there for.
+Holm's correction is over all claims, also those that no runs are there for. What is past its bound by less than the
+noise floor, the spread of the sweep noise_floor in the same metric (of a slope: from its first to its last place),
+counts neither for nor against.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -15,35 +18,58 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from analysis.arms import load
-from analysis.contrasts import Outcome, examine
-from analysis.runs import read_study
+from analysis.arms import declared, load
+from analysis.behind import read
+from analysis.contrasts import Outcome, examine, figure, line
+from analysis.report import grouping
+from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
 
-COLUMNS = ["id", "arm", "seed"]
+REPEATS = "noise_floor"  # the sweep of one run repeated
+COLUMNS = ["id", "arm", "seed", "outcome"]
 
 
 class Verdict(NamedTuple):
     claim: str
     says: str
-    verdict: str  # supported, contradicted, not separated or not run
+    verdict: str  # supported, contradicted, not separated or not run; of the last two, what for in brackets
     p: float  # after Holm's correction
     parts: list[Outcome]
 
 
 def judge(claims: dict[str, Any], runs: Callable[[str], pd.DataFrame]) -> list[Verdict]:
-    """claims: what claims.yaml holds; runs(sweep): the runs of a sweep that count, empty where there are none."""
+    """claims: what claims.yaml holds; runs(sweep): its runs, empty where there are none."""
+    once = cache(runs)
     parts = {
-        name: [examine(part, runs(part["sweep"]), claims["margin"]) for part in claim["parts"]]
+        name: [_examined(part, once, claims["margin"]) for part in claim["parts"]]
         for name, claim in claims["claims"].items()
     }
-    sides = [_sides(outcomes) for outcomes in parts.values()]
+    deciding = {
+        name: [each for part, each in zip(claims["claims"][name]["parts"], outcomes) if part["expect"] != "told"]
+        for name, outcomes in parts.items()
+    }
+    sides = [_sides(outcomes) for outcomes in deciding.values()]
     corrected = holm([min(1.0, 2 * min(both)) if not np.isnan(both).any() else np.nan for both in sides])
     judged = zip(parts.items(), sides, corrected)
     return [
-        Verdict(name, claims["claims"][name]["says"], _verdict(outcomes, both, p, claims["level"]), float(p), outcomes)
+        Verdict(
+            name, claims["claims"][name]["says"], _verdict(deciding[name], both, p, claims["level"]), float(p), outcomes
+        )
         for (name, outcomes), both, p in judged
     ]
+
+
+def _examined(part: dict[str, Any], runs: Callable[[str], pd.DataFrame], margin: float) -> Outcome:
+    """A sweep that cannot be read is that of this part alone."""
+    try:
+        repeats = runs(REPEATS)
+    except (ValueError, KeyError, OSError):
+        repeats = None
+    try:
+        own = runs(part["sweep"])
+    except (ValueError, KeyError, OSError) as error:
+        return Outcome(line(part), f"{part['sweep']} cannot be read: {type(error).__name__}: {error}")
+    return examine(part, own, margin, repeats)
 
 
 def _sides(outcomes: list[Outcome]) -> tuple[float, float]:
@@ -54,46 +80,51 @@ def _sides(outcomes: list[Outcome]) -> tuple[float, float]:
 
 def _verdict(outcomes: list[Outcome], sides: tuple[float, float], p: float, level: float) -> str:
     if any(each.lacks for each in outcomes):
-        return "not run"
+        return "not run" + (" (diverged)" if any(each.diverged for each in outcomes) else "")
     if not p < level:
-        return "not separated"
+        return "not separated" + (" (below noise floor)" if any(each.below_floor for each in outcomes) else "")
     return "supported" if sides[0] < sides[1] else "contradicted"
 
 
 def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
-    """The counted runs of a sweep: of results/<scale>/<sweep>/runs.csv, or else of its record among the run folders."""
-    committed = results / scale / sweep / "runs.csv"
+    """A row a run of a sweep at this scale, with its outcome, the scale and where it was read: by the record among the
+    run folders, or else results/<scale>/<sweep>/runs.csv. Empty if there is neither, ValueError if it is damaged.
+    """
+    record, committed = runs / "sweeps" / f"{sweep}.json", results / scale / sweep / "runs.csv"
+    if record.exists() and (known := read_record(sweep, runs)).scale == scale:
+        found, _ = read_runs(known, runs, group=grouping(load("style"), declared(sweep)))
+        return found.assign(scale=scale, read=str(record))
     if committed.exists():
-        frame = pd.read_csv(committed)
-        return frame.loc[frame["outcome"] == "finished"]
-    if (runs / "sweeps" / f"{sweep}.json").exists():
-        try:
-            study = read_study(sweep, runs)
-        except ValueError:  # none has finished
-            return pd.DataFrame(columns=COLUMNS)
-        if study.scale == scale:
-            return study.counted
+        return read(committed).assign(read=str(committed))
     return pd.DataFrame(columns=COLUMNS)
 
 
 def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
-    """The verdicts, then each part with its figure and the runs behind it."""
+    """The verdicts; each part that runs are there for, with its figure and these runs; and what was not run."""
     rows = [[each.claim, each.verdict, _number(each.p), each.says] for each in verdicts]
     lines = [f"The claims at scale {scale}; p is Holm's over {len(verdicts)}, a verdict needs p < {level:g}", ""]
-    lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True), ""]
+    widths = [None, 19, None, 80]
+    lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True, maxcolwidths=widths), ""]
     for each in verdicts:
-        lines += [f"{each.claim} {each.verdict}: {each.says}", *(line for part in each.parts for line in _part(part))]
+        found = [part for part in each.parts if not part.unrun]
+        lines += [f"{each.claim} {each.verdict}"] * bool(found) + [line for part in found for line in _part(part)]
+    unrun = dict.fromkeys(part.unrun for each in verdicts for part in each.parts if part.unrun)
+    if unrun:
+        lines += wrap(f"not run at scale {scale}: {', '.join(unrun)}", 116, subsequent_indent="  ")
+        lines.append(f"  python run.py -m sweeps=NAME scale={scale}")
     return "\n".join(lines)
 
 
 def _part(part: Outcome) -> list[str]:
-    if part.estimate is None:
-        return [f"  {part.part}", *_wrapped(part.lacks)]
-    low, high = part.estimate.interval()
-    interval = "" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]"
-    figure = f"{part.estimate.value:+.4f}{interval} {part.unit}, n = {part.estimate.n}"
-    p = f"p for {_number(part.p_for)}, against {_number(part.p_against)}"
-    return [f"  {part.part}", f"    {figure}; {p}", *_wrapped(" ".join(part.runs))]
+    said = part.lacks or part.told
+    if part.estimate is not None:
+        floor = "unknown" if np.isnan(part.floor) else f"{part.floor:.4f}"
+        said = f"{figure(part.estimate)} {part.unit}, n = {part.estimate.n}; "
+        said += f"p for {_number(part.p_for)}, against {_number(part.p_against)}; noise floor {floor}"
+    read = f"{part.read}: " if part.read else ""
+    runs = _wrapped(read + " ".join(part.runs)) if part.runs else []
+    left_out = _wrapped("not counted: " + ", ".join(part.left_out)) if part.left_out else []
+    return [f"  {part.part}", *_wrapped(said), *runs, *left_out]
 
 
 def _wrapped(text: str) -> list[str]:

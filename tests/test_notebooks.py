@@ -26,7 +26,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(path, small_study, monk
         if "parameters" in cell["metadata"].get("tags", []):
             known["runs"] = small_study
     known["plt"].close("all")
-    assert {"01": "of 6 runs are counted", "02": "C12 not run", "03": "by chance"}[
+    assert {"01": "of 6 runs are counted", "02": "C12  not run", "03": "by chance"}[
         path.stem[:2]
     ] in capsys.readouterr().out
 

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import compose_config, tiny_words
+import yaml
+from conftest import ROOT, compose_config, tiny_words
 
+from analysis.behind import write
 from analysis.contrasts import examine
 from analysis.runs import read_study
-from analysis.verdicts import judge, main, read_claims, runs_of
+from analysis.verdicts import Verdict, judge, main, printed, read_claims, runs_of
 from training.job import FINISHED, run
 
 SEEDS = 4
 CLAIMS = read_claims()
+PARTS = [part for claim in CLAIMS["claims"].values() for part in claim["parts"]]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,16 @@ def trained(corpus, tmp_path_factory) -> list[Path]:
     return sorted(runs.glob("dense-s*"))
 
 
-def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float], **more: dict[str, float]) -> None:
-    """A sweep of copies: each arm's test loss is moved by its effect and a little noise of its own, in balance."""
+def plant(
+    trained: list[Path],
+    runs: Path,
+    sweep: str,
+    effects: dict[str, float],
+    exact: dict[str, dict] | None = None,
+    **more: dict[str, float],
+) -> None:
+    """A sweep of copies: each arm's test loss is moved by its effect and a little noise of its own, in balance. exact:
+    by arm, what else its results say; more: by metric and arm, what it is but for a little noise."""
     draws, names = np.random.default_rng(7), []
     for arm, effect in effects.items():
         for seed, folder in enumerate(trained):
@@ -40,6 +51,7 @@ def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float]
             result = json.loads((copy / "result.json").read_text())
             result["test/ce"] += effect + 0.0005 * draws.standard_normal()
             result |= {key: values[arm] * (1 + 0.001 * draws.standard_normal()) for key, values in more.items()}
+            result |= (exact or {}).get(arm, {})
             (copy / "result.json").write_text(json.dumps(result))
             names.append(copy.name)
     (runs / "sweeps").mkdir(parents=True, exist_ok=True)
@@ -47,8 +59,10 @@ def plant(trained: list[Path], runs: Path, sweep: str, effects: dict[str, float]
     (runs / "sweeps" / f"{sweep}.json").write_text(json.dumps(record))
 
 
+COEFFICIENTS = [f"switch_coef_{x}" for x in ("0", "0.001", "0.01", "0.1", "1")]
 METHODS = {"hash_balanced": 0, "hash_random": 0.003, "hash_clustered": 0.03, "hash_dispersed": 0.003}
-METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_next_token": -2.0}
+METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_predicted": 0.08}
+METHODS |= {"hash_next_token": -2.0}
 
 
 def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
@@ -59,19 +73,28 @@ def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
         "hash_methods": METHODS,
         "modules": {f"hash_balanced_{x}": -0.02 * math.log2(x / 16) for x in at} | {f"switch_{x}": 0.0 for x in at},
         "multi_hash": {"hash_balanced_1_hash": 0} | {f"hash_multi_{n}_hashes": -0.01 for n in (2, 4, 8)},
-        "dictionary": {"hash_balanced_words": 0.02, "switch_words": 0},
+        "dictionary": {"hash_balanced_bpe_1024": 0, "switch_bpe_1024": 0}
+        | {"hash_balanced_words": 0.02, "switch_words": 0},
         "position": {f"hash_balanced_layer_{x}": -0.01 * x for x in range(3)},
         "finetune": {"hash_balanced_tuned": -0.03, "switch_tuned": 0},
-        "load_balance": {"switch_coef_0": 0.1, "switch_coef_0.001": 0.05}
-        | {f"switch_coef_{x}": 0 for x in ("0.01", "0.1", "1")},
-        "horizon": {"hash_balanced_1x": -0.2, "dense_1x": 0, "dense_2x": -0.1},
+        "load_balance": dict(zip(COEFFICIENTS, (0.1, 0.05, 0, 0, 0))),
+        "horizon": {"hash_balanced_1x": -0.2, "dense_1x": 0, "dense_2x": -0.1, "dense_4x": -0.3},
     }
+    exact = {arm: {"data_fingerprint": "words"} for arm in ("hash_balanced_words", "switch_words")}
+    exact |= {"dense_2x": {"token_budget": 512}, "dense_4x": {"token_budget": 1024}}
     for sweep, effects in sweeps.items():
-        plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()})
+        plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()}, exact)
     speeds = {"hash_balanced": 1 + 0.1 * size, "base": 1.0}
     plant(trained, runs, "base_comparison", {"hash_balanced": -0.02 * size, "base": 0}, tokens_per_second=speeds)
-    judged = judge(CLAIMS, lambda sweep: runs_of(sweep, "smoke", runs, runs / "none"))
-    return {each.claim: each.verdict for each in judged}
+    return verdicts_of(runs)
+
+
+def judged_of(runs: Path, scale: str = "smoke") -> list[Verdict]:
+    return judge(CLAIMS, lambda sweep: runs_of(sweep, scale, runs, runs / "none"))
+
+
+def verdicts_of(runs: Path) -> dict[str, str]:
+    return {each.claim: each.verdict for each in judged_of(runs)}
 
 
 def test_planted_effects_are_supported_and_planted_the_other_way_contradicted(trained, tmp_path):
@@ -102,12 +125,123 @@ def test_a_difference_is_the_paired_t_test_of_its_two_arms():
     assert found.runs == ("a-s0-0", "a-s1-0", "a-s2-0", "b-s0-0", "b-s1-0", "b-s2-0")
 
 
+def tail(t: float) -> float:
+    """P(T > t) of Student's t on 2 degrees of freedom, in closed form."""
+    return (1 - t / (t**2 + 2) ** 0.5) / 2
+
+
+def steps_of(middle: float, step: float) -> np.ndarray:
+    """Three differences, whose mean has the standard error step / sqrt(3)."""
+    return middle + step * np.array([-1, 0, 1])
+
+
+SEED_EFFECTS = np.array([5.0, 5.1, 5.25])
+
+
+def verdict_of(claim: str, sweeps: dict[str, dict[str, np.ndarray]]) -> Verdict:
+    """Of the declared claim alone: Holm's correction over one."""
+    only = CLAIMS | {"claims": {claim: CLAIMS["claims"][claim]}}
+    frames = {
+        sweep: frame({arm: (SEED_EFFECTS + effect).tolist() for arm, effect in arms.items()})
+        for sweep, arms in sweeps.items()
+    }
+    return judge(only, lambda sweep: frames.get(sweep, pd.DataFrame()))[0]
+
+
+@pytest.mark.parametrize(
+    ("main", "base", "verdict", "p"),
+    [
+        # 0.004 and 0.006 below the margin at an error of 0.001 / sqrt 3: t of sqrt 48 and sqrt 108, the larger p, twice
+        (0.004, 0.002, "supported", 2 * tail(48**0.5)),
+        # 0.004 above the margin in one part of two: twice for the parts, and twice for the sides
+        (0.012, 0.002, "contradicted", 2 * 2 * tail(48**0.5)),
+        # neither: 0.001 above the margin is t = sqrt 3
+        (0.009, 0.002, "not separated", 2 * 2 * tail(3**0.5)),
+    ],
+)
+def test_p_of_c1_by_hand(main, base, verdict, p):
+    sweeps = {"main": {"hash_balanced_1x64": steps_of(main, 0.001), "switch_1x64": np.zeros(3)}}
+    sweeps["base_comparison"] = {"hash_balanced": steps_of(base, 0.001), "base": np.zeros(3)}
+    found = verdict_of("C1", sweeps)
+    assert found.verdict == verdict and found.p == pytest.approx(p, rel=1e-6)
+    assert found.parts[0].p_for == pytest.approx(tail((0.008 - main) / 0.001 * 3**0.5), rel=1e-6)
+    assert found.parts[0].p_against == pytest.approx(tail((main - 0.008) / 0.001 * 3**0.5), rel=1e-6)
+
+
+def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdict:
+    """By what is taken from the loss: of clustered for the first two, of random for dispersed."""
+    arms = {"hash_clustered": np.zeros(3), "hash_balanced": -balanced, "hash_random": -random}
+    return verdict_of("C2", {"hash_methods": arms | {"hash_dispersed": -random - dispersed}})
+
+
+def test_p_of_c2_by_hand():
+    # t of sqrt 48, sqrt 27 and, of the nearer margin, sqrt 48: the largest p is that of random, twice
+    found = c2(steps_of(0.04, 0.01), steps_of(0.06, 0.02), steps_of(0.004, 0.001))
+    assert found.verdict == "supported" and found.p == pytest.approx(2 * tail(27**0.5), rel=1e-6)
+    # random above clustered by t = sqrt 108: three times for the parts, twice for the sides
+    found = c2(steps_of(0.04, 0.01), steps_of(-0.06, 0.01), steps_of(0.004, 0.001))
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * tail(108**0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_either_side_of_the_margin_speaks_against_equal(sign):
+    found = c2(steps_of(0.04, 0.001), steps_of(0.06, 0.001), sign * steps_of(0.017, 0.001))
+    assert found.parts[2].p_against == pytest.approx(2 * tail(9 * 3**0.5), rel=1e-6)  # twice for the two sides
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * 2 * tail(9 * 3**0.5), rel=1e-6)
+
+
+def test_without_an_effect_five_tables_of_a_hundred_have_a_verdict():
+    """Two claims a table, each with its figure on the bound: no more may be said, and Holm's correction lets as much
+    be said by chance."""
+    bounds = {"below": 0.0, "within": 0.008}
+    claims: dict = {"margin": 0.008, "level": 0.05, "claims": {}}
+    for expect in bounds:
+        part = {"sweep": "any", "weights": {expect: 1, f"reference_of_{expect}": -1}, "expect": expect}
+        claims["claims"][expect] = {"says": "", "parts": [part]}
+    draws, said = np.random.default_rng(0), []
+    for _ in range(250):
+        seeds = draws.standard_normal(3)
+        losses = {arm: seeds + bound + 0.001 * draws.standard_normal(3) for arm, bound in bounds.items()}
+        losses |= {f"reference_of_{arm}": seeds + 0.001 * draws.standard_normal(3) for arm in bounds}
+        table = frame({arm: own.tolist() for arm, own in losses.items()})
+        verdicts = judge(claims, lambda sweep, table=table: table)
+        said.append({each.verdict for each in verdicts} != {"not separated"})
+    assert 0.01 < np.mean(said) < 0.065
+
+
 def test_a_slope_is_over_the_places_that_all_arms_have():
-    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "a_64": [4.8, 4.9], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
+    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
     part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
     found = examine(part, frame(lead), 0.008)
     assert found.estimate.value == pytest.approx(-0.095) and found.estimate.dof == 3  # 4 arms, 2 seeds
     assert examine(part, frame({"a_16": [5.0], "b_16": [5.0]}), 0.008).lacks.endswith("run of a_{x}, b_{x}")
+
+
+def test_a_slope_lacks_a_place_that_is_declared_or_that_one_of_its_arms_has():
+    part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
+    runs = frame({"a_16": [5.0, 5.1], "a_32": [4.9, 5.0], "a_64": [4.8, 4.9], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]})
+    assert examine(part, runs, 0.008).lacks == "any has no finished run of b_64"
+    declared = part | {"along": {"log": 2, "places": [16, 32, 128]}}
+    assert examine(declared, runs.loc[runs["arm"] != "a_64"], 0.008).lacks.endswith("run of a_128, b_128")
+    by_scale = part | {"along": {"log": 2, "places": {"smoke": [64]}}}
+    assert examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="smoke"), 0.008).lacks.endswith("a_64, b_64")
+    assert not examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="small"), 0.008).lacks
+
+
+def test_every_sweep_of_a_claim_trains_as_many_seeds_as_a_verdict_needs():
+    for sweep in {part["sweep"] for part in PARTS}:
+        params = yaml.safe_load((ROOT / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
+        assert len(str(params["seed"]).split(",")) >= 3, sweep
+
+
+def test_the_places_declared_are_those_that_the_sweeps_have_by_default():
+    places = {part["sweep"]: part["along"]["places"] for part in PARTS if "along" in part}
+    for scale, layers in places["position"].items():
+        model = yaml.safe_load((ROOT / "conf" / "scale" / f"{scale}.yaml").read_text())["model"]
+        assert layers == [*range(model["num_layers"])]
+    assert set(places["position"]) == {path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml")}
+    sweep = yaml.safe_load((ROOT / "sweeps" / "modules.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert ",".join(map(str, places["modules"])) == sweep["num_experts"]
 
 
 def test_weights_are_of_means_so_three_against_one_is_in_nats():
@@ -124,25 +258,164 @@ def test_a_range_over_equal_arms_is_found_in_five_of_a_hundred():
     assert 0 < np.mean(found) < 0.1
 
 
+def test_where_a_figure_is_0_is_told_and_decides_nothing():
+    part = {"sweep": "any", "weights": {"a_{x}x": 1, "b_1x": -1}, "along": {"log": 2, "places": [1, 2, 4]}}
+    part |= {"expect": "told"}
+    losses = {"a_1x": [5.3, 5.4], "a_2x": [5.1, 5.2], "a_4x": [4.9, 5.0], "b_1x": [5.0, 5.1]}
+    found = examine(part, frame(losses), 0.008)  # 0.3, 0.1 and -0.1: 0 half way from 2 to 4 on the logarithm
+    assert found.told.endswith("; 0 at x = 2.83") and found.told.startswith("+0.3000 [+0.3000, +0.3000] at x = 1; ")
+    assert examine(part, frame(losses | {"a_4x": [5.01, 5.11]}), 0.008).told.endswith("; 0 nowhere between")
+    apart = frame(losses)
+    apart.loc[apart["arm"] == "b_1x", "seed"] += 2
+    assert examine(part, apart, 0.008).lacks == "any has no seeds that a_1x, a_2x, a_4x, b_1x share"
+
+    decides = part | {"weights": {"a_1x": 1, "b_1x": -1}, "expect": "above"}
+    del decides["along"]
+    claims = {"margin": 0.008, "level": 0.05, "claims": {"C": {"says": "", "parts": [decides, part]}}}
+    both = {"a_1x": [5.3, 5.41, 5.5], "b_1x": [5.0, 5.1, 5.2]}
+    [verdict] = judge(claims, lambda sweep: frame(both))
+    assert verdict.verdict == "supported" and verdict.parts[1].lacks.endswith("run of a_2x, a_4x")
+
+
+def test_the_oracle_is_compared_with_every_other_hash():
+    sweep = yaml.safe_load((ROOT / "sweeps" / "hash_methods.yaml").read_text())["hydra"]["sweeper"]["params"]
+    hashes = {name.strip() for name in sweep["router"].split(",")} - {"dense", "hash_next_token"}
+    weights = [part["weights"] for part in CLAIMS["claims"]["C4"]["parts"]]
+    assert weights == [{"hash_next_token": 1, other: -1} for each in weights for other in each if each[other] < 0]
+    assert {arm for each in weights for arm in each} - {"hash_next_token"} == hashes
+
+
+def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_side():
+    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.109, 5.211]})  # a is below b by 0.01, p = 0.002
+    # two repeats 0.001 apart: deviation 0.001 / sqrt 2, and t of 0.975 on 1 degree is 12.706: a floor of 0.012706
+    repeats = frame({"r": [5.0, 5.001]}).assign(seed=0)
+    below = {"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}
+    found = examine(below, runs, 0.008, repeats)
+    assert found.floor == pytest.approx(0.012706, abs=1e-6) and found.below_floor and found.p_for == 1
+    assert examine(below, runs, 0.008).p_for < 0.002 and np.isnan(examine(below, runs, 0.008).floor)
+    assert np.isnan(examine(below, runs, 0.008, frame({"r": [5.0, 5.1]})).floor)  # two seeds are no repeats
+    wider = frame({"a": [4.99, 5.09, 5.19], "b": [5.01, 5.109, 5.211]})
+    assert examine(below, wider, 0.008, repeats).p_for < 0.002 and not examine(below, wider, 0.008, repeats).below_floor
+    # equal figures are within a margin of 0.02, but not within one of 0.008, which is less than the floor
+    equal = frame({"a": [5.0, 5.1, 5.2], "b": [5.0001, 5.1, 5.1999]})
+    within = below | {"expect": "within"}
+    assert examine(within, equal, 0.02, repeats).p_for < 0.001
+    assert examine(within, equal, 0.008, repeats).below_floor and examine(within, equal, 0.008, repeats).p_for == 1
+    # a slope of 0.01 a step over 3 steps is 0.03 from its first place to its last
+    steps = frame({f"a_{x}": [5 - 0.01 * x, 5.1 - 0.01 * x, 5.2 - 0.01 * x + 1e-4 * (x == 2)] for x in range(4)})
+    slope = {"sweep": "any", "weights": {"a_{x}": 1}, "along": {}, "expect": "below"}
+    assert examine(slope, steps, 0.008, repeats).floor == pytest.approx(0.012706 / 3, abs=1e-6)
+    assert not examine(slope, steps, 0.008, repeats).below_floor
+
+
+def test_a_claim_below_the_noise_floor_is_not_separated_and_says_so(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.02, "switch_tuned": 0})
+    plant(trained[:1], tmp_path, "noise_floor", {"hash_balanced_repeat_0": 0, "hash_balanced_repeat_1": 0.01})
+    assert verdicts_of(tmp_path)["C9"] == "not separated (below noise floor)"
+    (tmp_path / "sweeps" / "noise_floor.json").unlink()
+    assert verdicts_of(tmp_path)["C9"] == "supported"
+
+
+def test_a_sweep_that_cannot_be_told_or_read_stops_no_other(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.03, "switch_tuned": 0})
+    unknown = {arm: {"tokens_per_second": None} for arm in ("hash_balanced", "base")}  # as a run of two steps has it
+    plant(trained, tmp_path, "base_comparison", {"hash_balanced": 0, "base": 0}, unknown)
+    plant(trained, tmp_path, "load_balance", dict.fromkeys(COEFFICIENTS, 0))
+    for folder in tmp_path.glob("switch_coef_*"):  # all equal to the last bit
+        seed = int(folder.name.split("-s")[1][0])
+        (folder / "result.json").write_bytes((trained[seed] / "result.json").read_bytes())
+    (tmp_path / "sweeps" / "multi_hash.json").write_text("{")
+    verdicts = verdicts_of(tmp_path)
+    assert verdicts["C9"] == "supported" and verdicts["C10"] == verdicts["C6"] == "not run"
+    assert verdicts["C11"] == "contradicted"
+    parts = {each.claim: each.parts for each in judged_of(tmp_path)}
+    assert parts["C10"][0].lacks.startswith("base_comparison has no figure of tokens_per_second in hash_balanced-s0-")
+    assert parts["C6"][0].lacks.startswith("multi_hash cannot be read: ValueError: ")
+
+
+def test_what_diverged_is_named(trained, tmp_path):
+    diverged = {"switch_coef_0": {"outcome": "diverged"}}
+    plant(trained, tmp_path, "load_balance", dict.fromkeys(COEFFICIENTS, 0), diverged)
+    verdict = judged_of(tmp_path)[10]
+    assert verdict.verdict == "not run (diverged)"
+    assert verdict.parts[0].lacks == "load_balance has no finished run of switch_coef_0 (4 diverged)"
+
+
+def test_runs_that_share_no_seed_tell_nothing():
+    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.0, 5.1, 5.2]})
+    runs.loc[runs["arm"] == "b", "seed"] += 3
+    found = examine({"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}, runs, 0.008)
+    assert found.estimate is None and found.lacks == "any has no seeds that a, b share"
+    found = examine({"sweep": "any", "range": ["a", "b"], "expect": "above"}, runs, 0.008)
+    assert found.lacks == "any has no seeds that a, b share"
+
+
 def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, capsys, monkeypatch):
     plant(trained, tmp_path / "runs", "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
     committed = tmp_path / "results" / "smoke" / "finetune"
     committed.mkdir(parents=True)
-    read_study("finetune", tmp_path / "runs").runs.to_csv(committed / "runs.csv", index=False)
+    found = read_study("finetune", tmp_path / "runs").runs.assign(sweep="finetune", scale="smoke")
+    write(found, committed / "runs.csv")
     words = ["verdicts", "smoke", "--runs", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", words)
     main()
-    printed = capsys.readouterr().out
-    assert "C9   supported" in printed and printed.count("not run") >= 11
-    assert "finetune: hash_balanced_tuned - switch_tuned < 0\n    -0." in printed
-    assert "hash_balanced_tuned-s0-00000000" in printed and "switch_tuned-s3-" in printed
-    assert max(map(len, printed.splitlines())) <= 120
+    said = capsys.readouterr().out
+    assert "C9   supported" in said and said.count("not run") == 12  # eleven claims, and the sweeps of them
+    assert str(committed / "runs.csv") + ": hash_balanced_tuned-s0-" in "".join(said.split("\n   "))
+    assert "finetune: hash_balanced_tuned - switch_tuned < 0\n    -0." in said
+    assert "hash_balanced_tuned-s0-00000000" in said and "switch_tuned-s3-" in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_nothing_is_printed_twice_where_nothing_was_run():
+    said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05)
+    assert said.count("C4") == 1 and said.count("not run") == 13
+    for claim in CLAIMS["claims"].values():
+        assert " ".join(said.split()).count(claim["says"].split(";")[0]) == 1
+    assert said.endswith("finetune,\n  load_balance, horizon\n  python run.py -m sweeps=NAME scale=smoke")
+
+
+def test_runs_that_do_not_count_are_named(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.03, "switch_tuned": 0})
+    lost = next(tmp_path.glob("switch_tuned-s3-*"))
+    (lost / "result.json").unlink()
+    found = judged_of(tmp_path)
+    assert found[8].verdict == "supported" and found[8].parts[0].left_out == (f"{lost.name} (stopped)",)
+    assert f"    not counted: {lost.name} (stopped)\n" in printed(found, "smoke", 0.05)
+
+
+def test_run_folders_come_before_committed_results_and_those_of_another_scale_after(trained, tmp_path):
+    plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
+    for scale, seed in (("smoke", 77), ("small", 78)):
+        folder = tmp_path / "results" / scale / "finetune"
+        folder.mkdir(parents=True)
+        committed = read_study("finetune", tmp_path).runs.assign(sweep="finetune", scale=scale, seed=seed)
+        write(committed, folder / "runs.csv")
+    here = runs_of("finetune", "smoke", tmp_path, tmp_path / "results")
+    assert set(here["seed"]) == {0, 1, 2, 3} and set(here["read"]) == {str(tmp_path / "sweeps" / "finetune.json")}
+    there = runs_of("finetune", "small", tmp_path, tmp_path / "results")
+    assert set(there["seed"]) == {78} and set(there["read"]) == {str(tmp_path / "results/small/finetune/runs.csv")}
+    assert runs_of("finetune", "paper", tmp_path, tmp_path / "results").empty
+
+
+def test_one_text_and_budget_are_asked_of_a_sweeps_groups_but_one_commit_of_all_of_it(trained, tmp_path):
+    """Of horizon, each of whose horizons has its own budget."""
+    exact = {"dense_2x": {"token_budget": 512}, "dense_4x": {"token_budget": 1024}}
+    plant(trained, tmp_path, "horizon", dict.fromkeys(("hash_balanced_1x", "dense_1x", *exact), 0), exact)
+    assert set(runs_of("horizon", "smoke", tmp_path, tmp_path)["outcome"]) == {"finished"}
+    for folder in tmp_path.glob("dense_2x-*"):
+        origin = json.loads((folder / "provenance.json").read_text())
+        origin["git"] = {"commit": "0" * 40, "dirty": None}
+        (folder / "provenance.json").write_text(json.dumps(origin))
+    found = runs_of("horizon", "smoke", tmp_path, tmp_path)
+    assert set(found["arm"][found["outcome"] == "other commit"]) == {"dense_2x"}
+    assert set(found["arm"][found["outcome"] == "finished"]) == {"hash_balanced_1x", "dense_1x", "dense_4x"}
 
 
 def test_a_single_seed_separates_nothing_and_another_scale_is_not_run(trained, tmp_path):
     plant(trained[:1], tmp_path, "finetune", {"hash_balanced_tuned": -0.3, "switch_tuned": 0})
     for scale, verdict in (("smoke", "not separated"), ("small", "not run")):
-        judged = judge(CLAIMS, lambda sweep, scale=scale: runs_of(sweep, scale, tmp_path, tmp_path / "none"))
+        judged = judged_of(tmp_path, scale)
         assert judged[8].claim == "C9" and judged[8].verdict == verdict
 
 
