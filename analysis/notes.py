@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.additive_model import ALONE as VARIANCES
 from analysis.arms import described
 from analysis.behind import SETTING
 from analysis.summary import LEAKS, model_of
@@ -84,6 +85,10 @@ def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]
             f"{ALONE} tested alone, by its own pairs and Bonferroni's correction: it or {reference} scatters unlike"
         )
         lines.append("  the other arms (three times their variance, F-test at 5 %)")
+    for row in frame.loc[(frame["variance_ratio"] >= VARIANCES) & ~frame["noisy"]].to_dict("records"):
+        what = f"{row['label']} has {row['variance_ratio']:.2g} times the others' variance"
+        lines += [f"{what}, which an F-test does not tell from chance:"]
+        lines += ["  it is not tested alone; see what the paired t makes of its differences"]
     if frame["below_floor"].to_numpy().any():
         lines.append(f"{FLOOR} below the noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
     if leaky(frame).to_numpy().any():

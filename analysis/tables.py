@@ -67,19 +67,20 @@ def marks(row: dict[str, Any]) -> list[str]:
 
 
 def statistics(frame: pd.DataFrame, form: str) -> str:
-    """What stands behind the intervals; "" if there are none."""
+    """What stands behind the intervals, and how references scatter; "" if there are none."""
     rows = []
     for row in frame.to_dict("records"):
-        if row["difference_low"] != row["difference_low"]:
+        compared = row["difference_low"] == row["difference_low"]
+        if not compared and row["arm"] not in set(frame["reference_arm"]) & set(frame.loc[frame["n"] > 0, "arm"]):
             continue
-        pair = interval(row, "paired") if row["difference_pairs"] > 1 else ""
-        documents = interval(row, "documents", mean=False)
+        pair = interval(row, "paired") if row["difference_pairs"] > 1 else "" if compared else "reference"
+        documents = interval(row, "documents", mean=False) if compared else ""
         cells = [row["label"], p_value(row["p"]), pair, p_value(row["equivalence_p"]), documents]
-        seeds = "" if row["separated"] else given(row["seeds_to_separate"], ".0f") or "> 10000"
+        seeds = given(row["seeds_to_separate"], ".0f") or "> 10000" if compared and not row["separated"] else ""
         rows.append([*cells, given(row["residual_deviation"], ".4f"), given(row["variance_ratio"], ".2g"), seeds])
     headers = ["method", "p, all\ntogether", "paired t alone\n[95 % interval]", "p of\nequivalence"]
     headers += ["over documents\n[95 % interval]", "residual\ndeviation", "variance\nratio", "seeds to\nseparate"]
-    return of_columns(rows, headers, form, left=(0, 2, 4)) if rows else ""
+    return of_columns(rows, headers, form, left=(0, 2, 4)) if frame["difference_low"].notna().to_numpy().any() else ""
 
 
 def costs(frame: pd.DataFrame, form: str) -> str:

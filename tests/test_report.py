@@ -107,6 +107,26 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("wobble", "noisy"), [(0.006, False), (0.03, True)])
+def test_a_reference_that_scatters_has_a_row_and_is_tested_alone_or_said_not_to_be(tmp_path, wobble, noisy):
+    """One arm of four at 3.5 times the deviation of the others is by the F-test chance at n = 3; at 17 times not."""
+    runs, scatter = tmp_path / "runs", [[1, -1, 0], [0, 1, -1], [1, 0, -1], [-1, 0, 1]]
+    sizes = {"dense": wobble, "switch": 0.002, "hash_random": 0.002, "base": 0.002}
+    losses = {
+        (arm, seed): 5 + size * part[seed] for (arm, size), part in zip(sizes.items(), scatter) for seed in range(3)
+    }
+    write_sweep(runs, [write_run(runs, *cell, ce) for cell, ce in losses.items()])
+    printed = report("quickstart", runs, tmp_path / "results")
+    frame, ratio = table_of(tmp_path), table_of(tmp_path).loc["dense", "variance_ratio"]
+    assert ratio >= 3 and frame.loc["dense", "noisy"] == noisy
+    assert list(frame["alone"]) == [False, *[noisy] * 3]
+    said = f"Dense has {ratio:.2g} times the others' variance, which an F-test does not tell from chance:\n"
+    assert (said in printed) != noisy
+    table = (tmp_path / "results/smoke/quickstart/table.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith("| Dense") and f" {ratio:.2g} |" in line]
+    assert "reference" in row and f"{frame.loc['dense', 'residual_deviation']:.4f}" in row
+
+
 def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs, results = Path("runs"), Path("results")
