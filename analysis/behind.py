@@ -39,6 +39,7 @@ COMPARED = (
     "tokenizer",
     "train",
 )  # what should be equal in a table
+REPEATS = "noise_floor"  # the sweep of one run repeated
 NOT_COMPARED = ("data.cache", "data.folder", "train.micro_batch")  # where things lie, and how the same is computed
 
 
@@ -48,14 +49,17 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
-    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, list(runs["arm"].unique())))
-    runs["noise_floor"] = floor_of(results / study.scale / "noise_floor" / "runs.csv")
+    repeated = results / study.scale / REPEATS / "runs.csv"
+    runs["noise_floor"] = floor_of(study.counted) if study.name == REPEATS else committed_floor(repeated)
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
     origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
     runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
     configs = {run: _config(folder / run) for run in study.counted["id"]}
     settings = {run: flat(config) for run, config in configs.items() if config}
+    by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
+    arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
+    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms))
     for key in differing(settings):
         runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     runs["curve_tokens"] = study.curves["val/tokens"].max()  # of validations during training, which may read a part
@@ -158,12 +162,17 @@ def _sums(folder: Path) -> tuple[np.ndarray, ...]:
         return file.get_tensor("test/document_ce_sum"), file.get_tensor("test/document_tokens")
 
 
-def floor_of(path: Path) -> float:
-    """Of a report on runs that are one run repeated: what two of them may differ by. NaN if there is none."""
+def floor_of(counted: pd.DataFrame) -> float:
+    """What two runs of one config may differ by, from such runs alone; in nats per token."""
+    return noise_floor(counted.loc[:, "test/ce"])
+
+
+def committed_floor(path: Path) -> float:
+    """floor_of the runs.csv of a report on repeats; NaN if there is none."""
     if not path.exists():
         return np.nan
     runs = read(path)
-    return noise_floor(runs.loc[runs["outcome"] == "finished", "test/ce"])
+    return floor_of(runs.loc[runs["outcome"] == "finished"])
 
 
 def _config(folder: Path) -> dict[str, Any]:

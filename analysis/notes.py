@@ -89,8 +89,11 @@ def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]
         what = f"{row['label']} has {row['variance_ratio']:.2g} times the others' variance"
         lines += [f"{what}, which an F-test does not tell from chance:"]
         lines += ["  it is not tested alone; see what the paired t makes of its differences"]
-    if frame["below_floor"].to_numpy().any():
-        lines.append(f"{FLOOR} below the noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+    if floor == floor:
+        mark = f"{FLOOR} below the " if frame["below_floor"].to_numpy().any() else ""
+        lines.append(f"{mark}noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+    else:
+        lines.append("noise floor: unknown; run sweeps=noise_floor at this scale and report on it")
     if leaky(frame).to_numpy().any():
         lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
     if (share := unknown_share(frame)) > 0:

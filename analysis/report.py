@@ -82,7 +82,7 @@ def notes_of(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict, 
     lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
-    lines += [line for line in runs["tuning"].iloc[0].split("\n") if line]
+    lines += (runs["tuning"].iloc[0] or "no ledger at this scale: nothing was tuned").split("\n")
     return "\n".join(lines + notes.bad_runs(runs))
 
 

@@ -185,8 +185,24 @@ def test_a_difference_below_the_noise_floor_is_marked(trained, tmp_path):
     floor.mkdir(parents=True)
     rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv").iloc[:3].assign(**{"test/ce": [1.0, 2.0, 3.0]})
     write(rows, floor / "runs.csv")
+    assert "noise floor: unknown; run sweeps=noise_floor" in report("modules", trained, tmp_path / "other")
     printed = report("modules", trained, tmp_path / "results")
     assert "~ below the noise floor: one run repeated with one seed differs by up to 6.0849 nats" in printed
+
+
+def test_a_report_on_the_noise_floor_is_the_same_bytes_again_and_has_its_own_floor(runs, tmp_path):
+    repeats = []
+    for number, ce in enumerate((5.0, 5.002, 5.004)):
+        changed, name = {"result.json": {"test/ce": ce}}, f"hash_balanced_repeat_{number}-s0-0000000{number}"
+        repeats.append(spoiled(runs, "hash_balanced_16-s0", name, changed))
+    record_of(runs, "noise_floor")
+    record = json.loads((runs / "sweeps" / "noise_floor.json").read_text())
+    (runs / "sweeps" / "noise_floor.json").write_text(json.dumps(record | {"runs": [path.name for path in repeats]}))
+    printed = report("noise_floor", runs, tmp_path)
+    first = files_of(tmp_path / "smoke" / "noise_floor")
+    assert report("noise_floor", runs, tmp_path) == printed and files_of(tmp_path / "smoke" / "noise_floor") == first
+    # deviation 0.002, t(0.975, 2) = 4.302653, times the root of 2
+    assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
 
 
 def test_wall_clock_to_the_references_loss_is_between_the_validations(trained, tmp_path):
