@@ -9,7 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run", "chosen", "at_edge")
+COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
+COLUMNS += ("chosen", "at_edge")
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 

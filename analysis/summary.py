@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.additive_model import AdditiveModel, Comparison, compare, fit, noisy_arms, paired, residual_deviations
-from analysis.arms import described, references
+from analysis.arms import described, references, timed_against
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
 
@@ -36,7 +36,7 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
     """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
     counted = runs.loc[runs["outcome"] == "finished"]
     arms = described(runs["arm"], style)
-    pairs = references(arms, asked)
+    pairs, timed = references(arms, asked), timed_against(arms, asked)
     model = model_of(counted, arms, asked)
     compared, scatter, noisy = compare(model, {**pairs}), residual_deviations(model), noisy_arms(model)
     shared = len({pairs[str(arm)] for arm in compared}) == 1
@@ -52,7 +52,7 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
             "n": len(own),
             "reference": name in pairs.values() and name not in pairs,
         }
-        row |= {"reference_arm": pairs.get(name, ""), **losses(own), **costs(own)}
+        row |= {"reference_arm": pairs.get(name, ""), "timed_arm": timed.get(name, ""), **losses(own), **costs(own)}
         row |= differences(model, compared.get(name), name, pairs.get(name), asked["margin"], design)
         row["residual_deviation"] = scatter.get(name, np.nan)
         row["variance_ratio"], row["noisy"] = noisy.get(name, (np.nan, False))

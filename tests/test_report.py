@@ -135,7 +135,7 @@ def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypa
         given = more | {"val/unknown_share": unknown, "test/unknown_share": unknown, "test/word_perplexity": 1.23456e30}
         write_sweep(runs, [write_run(runs, arm, 0, 5.3, **given) for arm in arms])
         printed = report("quickstart", runs, results)
-        assert "test bits" in printed and "1.235e+30" in printed
+        assert "test bits" in printed and "exp(69.29)" in printed
         assert ("§ of the test tokens 1.25% are the unknown word" in printed) == (unknown > 0)
         assert max(len(line) for line in printed.splitlines()) <= 120
     frame = table_of(tmp_path)
@@ -299,7 +299,7 @@ def test_a_curve_is_over_points_that_all_seeds_have():
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda runs: (runs / "sweeps" / "quickstart.json").unlink(), "no sweep 'quickstart'"),
+        (lambda runs: (runs / "sweeps" / "quickstart.json").unlink(), "run into"),
         (
             lambda runs: [path.unlink() for path in runs.glob("*/result.json")],
             "no run of 'quickstart' has finished (15 stopped)",
@@ -307,17 +307,24 @@ def test_a_curve_is_over_points_that_all_seeds_have():
         (lambda runs: write_sweep(runs, []), "(none listed)"),
     ],
 )
-def test_nothing_to_report_is_one_line_and_status_1(whole, tmp_path, spoil, says, monkeypatch, capsys):
+def test_nothing_to_report_is_one_line_and_status_2(whole, tmp_path, spoil, says, monkeypatch, capsys):
     spoil(whole)
     monkeypatch.setattr(
         sys, "argv", ["report", "quickstart", "--runs", str(whole), "--results", str(tmp_path / "results")]
     )
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1 and says in printed.err
     assert not (tmp_path / "results").exists()
+
+
+def test_a_sweep_that_is_not_there_is_not_recommended(whole):
+    with pytest.raises(ValueError, match="sweeps/ has none of that name either; run were quickstart"):
+        read_study("nosuch", whole)
+    with pytest.raises(ValueError, match="no sweep 'modules' was run into .*; python run.py -m sweeps=modules does it"):
+        read_study("modules", whole)
 
 
 def test_a_record_that_points_out_of_the_folder_is_refused(whole, tmp_path):
