@@ -36,7 +36,7 @@ def against_place(
         losses(upper, own, look, label)
         compared(lower, own.loc[own["difference_mean"].notna()], look, papers)
     upper.set_ylabel("test cross-entropy\n(nats per token)")
-    lower.set_ylabel(f"less {reference_of(frame)}\n(nats per token)")
+    lower.set_ylabel(f"test loss minus\n{reference_of(frame)}'s (nats)")
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
     for axes in below:
         public_curves(axes, public, style)
@@ -46,7 +46,7 @@ def against_place(
     told = "\nbars below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
     told += "; hollow: published" if any(arm in papers for arm in rows["arm"]) else ""
     figure.axes[-1].set_xlabel(asked["axis"])
-    figure.supxlabel(f"n = {n} seeds; bars above: ± 1 standard deviation{told}", fontsize=6)
+    figure.supxlabel(f"n = {n} seeds; bars and bands above: ± 1 standard deviation{told}", fontsize=6)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.align_ylabels()
 
@@ -55,7 +55,9 @@ def losses(axes: Axes, own: pd.DataFrame, look: dict[str, Any], label: str) -> N
     placed = own.loc[own["x"].notna()].sort_values("x")
     line: dict[str, Any] = {"color": look["color"], "linewidth": 1.1}
     if placed.empty:
-        axes.axhline(own["test_ce"].iloc[0], dashes=look["dashes"] or (None, None), label=label, **line)
+        mean, deviation = own["test_ce"].iloc[0], own["test_ce_deviation"].fillna(0).iloc[0]
+        axes.axhspan(mean - deviation, mean + deviation, color=look["color"], alpha=0.15, linewidth=0)
+        axes.axhline(mean, dashes=look["dashes"] or (None, None), label=label, **line)
         return
     bars = placed["test_ce_deviation"].fillna(0)
     mark = {"marker": look["marker"], "markersize": 3, "elinewidth": 0.9}

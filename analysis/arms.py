@@ -72,3 +72,11 @@ def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
         return {name: one for name in arms if name != one}
     pairs = {arm.name: at_place.get(arm.place, at_place.get("", arm.name)) for arm in arms.values()}
     return {name: reference for name, reference in pairs.items() if name != reference}
+
+
+def timed_against(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
+    """arm -> the arm whose loss its wall-clock is counted to, that one with itself: of the method that declared.yaml
+    names; where the table has none, the reference."""
+    named = [name for name, arm in arms.items() if arm.method == asked["seconds_to"]]
+    pairs = references(arms, asked | {"reference": asked["seconds_to"], "same_place": True} if named else asked)
+    return {name: name for name in named or pairs.values()} | pairs

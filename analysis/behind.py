@@ -10,12 +10,13 @@ import yaml
 from safetensors import safe_open
 
 from analysis import ledger
-from analysis.arms import described, references
+from analysis.arms import described, references, timed_against
 from analysis.runs import Study
 from analysis.variation import noise_floor, over_documents
 
 TEXTS = (
     "tuning",
+    "listed",
     "sweep",
     "scale",
     "sweep_command",
@@ -39,28 +40,33 @@ COMPARED = (
     "tokenizer",
     "train",
 )  # what should be equal in a table
+REPEATS = "noise_floor"  # the sweep of one run repeated
 NOT_COMPARED = ("data.cache", "data.folder", "train.micro_batch")  # where things lie, and how the same is computed
 
 
 def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
     """study.runs with columns for the sweep, the origin and what only run folders can tell, in job order."""
     runs = study.runs.copy()
+    runs["listed"] = study.listed
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
-    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, list(runs["arm"].unique())))
-    runs["noise_floor"] = floor_of(results / study.scale / "noise_floor" / "runs.csv")
+    repeated = results / study.scale / REPEATS / "runs.csv"
+    runs["noise_floor"] = floor_of(study.counted) if study.name == REPEATS else committed_floor(repeated)
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
     origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
     runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
     configs = {run: _config(folder / run) for run in study.counted["id"]}
     settings = {run: flat(config) for run, config in configs.items() if config}
+    by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
+    arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
+    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms))
     for key in differing(settings):
         runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     runs["curve_tokens"] = study.curves["val/tokens"].max()  # of validations during training, which may read a part
-    pairs = references(described(runs["arm"], style), asked)
-    waited = seconds_to_reference(study, pairs)
+    labels = described(runs["arm"], style)
+    pairs, waited = references(labels, asked), seconds_to_loss(study, timed_against(labels, asked))
     runs["seconds_to_reference"] = [waited.get(run, np.nan) for run in runs["id"]]
     intervals = over_test_documents(study.counted, folder, pairs)
     for place, key in enumerate(("documents_low", "documents_high")):
@@ -113,14 +119,14 @@ def differing(settings: dict[str, dict[str, Any]]) -> list[str]:
     return [key for key in asked if len({_text(each.get(key)) for each in settings.values()}) > 1]
 
 
-def seconds_to_reference(study: Study, pairs: dict[str, str]) -> dict[str, float]:
-    """By run: training seconds until its validation loss was that of the reference's last validation with the same
-    seed, between validations by a straight line; absent if it never was, or without such a run."""
+def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
+    """By run: training seconds until its validation loss was that of another arm's last validation with the same seed,
+    between validations by a straight line; absent if it never was, or without such a run. of: arm -> that arm."""
     curves = {key: curve.sort_values("step") for key, curve in study.curves.groupby(["arm", "seed"])}
     found = {}
     for run in study.counted.to_dict("records"):
         own = curves.get((run["arm"], run["seed"]))
-        other = curves.get((pairs.get(run["arm"], run["arm"]), run["seed"]))
+        other = curves.get((of.get(run["arm"], ""), run["seed"]))
         if own is not None and other is not None:
             found[run["id"]] = _crossing(own["seconds"], own["val/ce"], other["val/ce"].iloc[-1])
     return found
@@ -158,12 +164,17 @@ def _sums(folder: Path) -> tuple[np.ndarray, ...]:
         return file.get_tensor("test/document_ce_sum"), file.get_tensor("test/document_tokens")
 
 
-def floor_of(path: Path) -> float:
-    """Of a report on runs that are one run repeated: what two of them may differ by. NaN if there is none."""
+def floor_of(counted: pd.DataFrame) -> float:
+    """What two runs of one config may differ by, from such runs alone; in nats per token."""
+    return noise_floor(counted.loc[:, "test/ce"])
+
+
+def committed_floor(path: Path) -> float:
+    """floor_of the runs.csv of a report on repeats; NaN if there is none."""
     if not path.exists():
         return np.nan
     runs = read(path)
-    return noise_floor(runs.loc[runs["outcome"] == "finished", "test/ce"])
+    return floor_of(runs.loc[runs["outcome"] == "finished"])
 
 
 def _config(folder: Path) -> dict[str, Any]:

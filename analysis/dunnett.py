@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import gammaincinv, ndtr, stdtr, stdtrit
-from scipy.stats import multivariate_t, nct
+from scipy.stats import multivariate_t
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2  # on (0, 1)
+QUANTILES = (np.arange(4000) + 0.5) / 4000
 
 
 def covers(correlation: np.ndarray, dof: int, t: float) -> float:
@@ -75,30 +76,38 @@ def _correlation(covariance: np.ndarray) -> tuple[float, ...]:
     return tuple(np.round(covariance / np.outer(deviation, deviation), 9).ravel().tolist())
 
 
-def power(difference: float, deviation: float, seeds: int, arms: int = 2, level: float = 0.95) -> float:
-    """P(separated) of one comparison of `arms` arms with `seeds` seeds each, if this were the true difference.
+def power(
+    difference: float, deviation: float, seeds: int, comparisons: int = 1, degrees: int = 1, rho=0.5, level=0.95
+) -> float:
+    """P(separated) of one of so many comparisons with `seeds` seeds each, if this were the true difference.
 
     deviation: of the noise of one run in the additive model, for two arms that of the pairs' differences over sqrt(2).
+    degrees: of freedom that each seed after the first adds. rho: correlation of the comparisons, 0.5 with one
+    reference. Noncentral t, as the mean of a normal tail over quantiles of the pooled deviation: scipy's nct gives NaN
+    in part of this range.
     """
-    k, dof = arms - 1, (arms - 1) * (seeds - 1)
-    needed = critical_value(np.full((k, k), 0.5) + 0.5 * np.eye(k), dof, level)
+    dof = degrees * (seeds - 1)
+    needed = critical_value(np.full((comparisons,) * 2, rho) + (1 - rho) * np.eye(comparisons), dof, level)
     shift = abs(difference) / (deviation * (2 / seeds) ** 0.5)
-    return float(nct.sf(needed, dof, shift) + nct.cdf(-needed, dof, shift))
+    s = np.sqrt(gammaincinv(dof / 2, QUANTILES) * 2 / dof)
+    return float((ndtr(shift - needed * s) + ndtr(-shift - needed * s)).mean())
 
 
 def seeds_to_separate(
-    difference: float, deviation: float, arms: int = 2, level: float = 0.95, wanted: float = 0.8, most: int = 10_000
+    difference: float, deviation: float, wanted: float = 0.8, most: int = 10_000, **design: Any
 ) -> int | None:
-    """The fewest seeds that separate with probability `wanted`; None if more than `most`, or nothing is known."""
+    """The fewest seeds that separate with probability `wanted`; None if more than `most`, or nothing is known.
+
+    design: power's comparisons, degrees, rho and level."""
     if not (deviation > 0 and abs(difference) > 0):
         return None
-    low = high = 2
-    while power(difference, deviation, high, arms, level) < wanted:
+    low, high = 1, 2
+    while not power(difference, deviation, high, **design) >= wanted:
         low, high = high, 2 * high
         if low > most:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        enough = power(difference, deviation, middle, arms, level) >= wanted
+        enough = power(difference, deviation, middle, **design) >= wanted
         low, high = (low, middle) if enough else (middle, high)
     return high

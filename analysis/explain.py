@@ -11,15 +11,16 @@ from analysis.inside import KINDS, Evaluation, inside
 from analysis.runs import Study
 
 FIGURES = {
-    "frequency": "cross-entropy less the reference's by tenth of the text, frequent targets to the left",
+    "frequency": "test loss minus the reference's by about a tenth of the text, frequent targets to the left",
     "load": "load of each expert over the mean, the fullest to the left; dotted, the bound of token tables",
     "settling": "share of a validation's assignments that the one before it made too",
     "map": "of the most frequent tokens, which share of each went to which expert",
 }
 
 BY_DECILE = """\
-Difference to {} in cross-entropy (nats per token), by how frequent the target is: tenths of the text,
-1 the most frequent tokens. Mean over seeds; below 0 is better. A reference's row is its own cross-entropy."""
+Difference to {} in cross-entropy (nats per token), by how frequent the target is: tenths of the text
+(about: no token id is cut in two), 1 the most frequent tokens. Mean over seeds; below 0 is better. A reference's row
+is its own cross-entropy."""
 BY_COMPANY = """\
 The same after tokens by what is in their expert: heavy, the most frequent that make up a tenth of the
 text; shared, others whose expert a heavy token has too; apart, the rest. In brackets their share of the text."""
@@ -109,7 +110,8 @@ def by_layer(figures: pd.DataFrame) -> pd.DataFrame:
         cells |= {"idle": _mean(idle, "{:.1f}", False)}
         cells |= {"explained": _of(own, "explained", "{:.3f}"), "by chance": _of(own, "by_chance", "{:.3f}", False)}
         places = sorted(settled["place"].unique())
-        for when, at in {"settled: first": 0, "halfway": len(places) // 2, "last": -1}.items() if places else ():
+        several = {"settled: first": 0, "halfway": len(places) // 2, "last": -1}
+        for when, at in (several if len(places) > 1 else dict.fromkeys(["settled"] * len(places), 0)).items():
             cells[when] = _mean(settled.loc[settled["place"] == places[at], "value"], "{:.3f}", False)
         rows.append({"arm": arm, "layer": layer} | cells)
     return pd.DataFrame(rows).fillna("")

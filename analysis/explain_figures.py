@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from analysis.arms import Arm
+from analysis.figures import explain, numbers, token_unit
 from analysis.inside import Evaluation
 
 MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
+NAME = 9  # letters of a token in a map
 
 
 def save_figures(
@@ -27,16 +29,24 @@ def save_figures(
     experts in the order of figures, maps of the first MOST_MAPS; evaluations: of one run an arm."""
     routed = list(figures.loc[figures["quantity"] == "load", "arm"].unique())[:MOST_CURVES]
     lines = {arm: {**arms[arm].look, "label": arms[arm].label} for arm in routed}
+    seeds = numbers(figures.loc[figures["arm"].isin(routed)].groupby("arm")["seed"].nunique())
     draw = {"frequency": _frequency, "load": _load, "settling": _settling}
     drawn = []
     with context(["default", style["matplotlib"]]):
         for name, plot in draw.items():
             figure = Figure(figsize=(3.4, 2.5))
             if plot(figure.subplots(), figures, lines, pairs):
+                under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
+                explain(figure, f"lines: mean over seeds (n = {seeds}); bands: ± 1 standard deviation{under}")
                 _save(figure, folder, name)
                 drawn.append(name)
         _save(_maps({arm: evaluations[arm] for arm in routed[:MOST_MAPS]}, arms), folder, "map")
     return [*drawn, "map"]
+
+
+def _named(pairs: dict[str, str], lines: dict, arms: dict[str, Arm]) -> str:
+    """Labels of the references of what is drawn."""
+    return " or ".join(dict.fromkeys(arms[pairs[arm]].label for arm in lines if arm in pairs))
 
 
 def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
@@ -46,8 +56,8 @@ def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, 
     for arm, look in lines.items():
         _line(axes, losses[arm] - losses[pairs[arm]], look, shift=1)
     axes.set_xticks(range(1, 11))
-    axes.set_xlabel("tenth of the text, the most frequent targets first")
-    axes.set_ylabel("cross-entropy less that of the\nreference (nats per token)")
+    axes.set_xlabel("about tenths of the text, frequent targets first")
+    axes.set_ylabel("test loss minus that of\nthe reference (nats per token)")
     axes.legend()
     return bool(lines)
 
@@ -68,16 +78,19 @@ def _load(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str])
 
 def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str]) -> bool:
     settled = figures.loc[figures["quantity"] == "settled"]
+    if settled["place"].nunique() < 2:  # a lone point is no curve
+        return False
+    unit, per = token_unit(settled["place"].max())
     for arm, look in lines.items():
         own = settled.loc[settled["arm"] == arm].groupby(["seed", "place"])["value"].mean()
         if len(own):
-            own.index = own.index.set_levels(own.index.levels[1] / 1e6, level=1)
+            own.index = own.index.set_levels(own.index.levels[1] / per, level=1)
             _line(axes, own, look)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("training tokens (millions)")
+    axes.set_xlabel(f"training tokens ({unit})")
     axes.set_ylabel("share of assignments that are\nas at the validation before")
     axes.legend()
-    return bool(len(settled))
+    return True
 
 
 def _line(axes: Axes, values: pd.Series, look: dict[str, Any], shift: int = 0) -> None:
@@ -119,13 +132,21 @@ def _shares(evaluation: Evaluation, layer: int) -> tuple[np.ndarray, list[str]]:
     ids = [token for token in evaluation.names if table[token].sum() > 0][:MOST_TOKENS]
     share = table[ids] / table[ids].sum(1, keepdims=True)
     order = np.lexsort((-share.max(0), share.argmax(0)))  # by the token that they serve most
-    return share[:, order], [_visible(evaluation.names[token]) for token in ids]
+    return share[:, order], _visible([evaluation.names[token] for token in ids])
 
 
-def _visible(text: str) -> str:
-    """Spaces and ends of lines as marks, and no more than fits."""
-    shown = "".join(each if each.isprintable() else "\\n" if each == "\n" else "·" for each in text.replace(" ", "␣"))
-    return shown.replace("$", r"\$")[:9]
+def _visible(texts: list[str]) -> list[str]:
+    """Spaces and ends of lines as marks, and of each no more than the first that tells all apart, but NAME at least."""
+    shown = [
+        "".join(each if each.isprintable() else "\\n" if each == "\n" else "·" for each in text.replace(" ", "␣"))
+        for text in texts
+    ]
+    room = next((room for room in range(NAME, 24) if len({_cut(text, room) for text in shown}) == len(shown)), 24)
+    return [_cut(text, room).replace("$", r"\$") for text in shown]
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _save(figure: Figure, folder: Path, name: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
-from analysis.published import differences, published
+from analysis.published import curves, differences, published
 from analysis.runs import Study
 from analysis.tables import leaky, reference_of
 
@@ -30,14 +30,15 @@ def save_figure(
     The same study is the same bytes: no dates, and style's settings over matplotlib's own instead of the reader's.
     """
     arms = described(frame["arm"], style)
-    papers = differences(published(asked.get("published", []), arms), references(arms, asked))
+    tables = published(asked.get("published", []), arms)
+    papers = differences(tables, references(arms, asked))
     kind = asked["figure"]
     if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
         kind = "differences"
     with context(["default", style["matplotlib"]]):
         figure = Figure()
         if kind == "curves":
-            learning_curves(figure, study, frame, arms)
+            learning_curves(figure, study, frame, arms, curves(tables, references(arms, asked)))
         elif kind == "differences":
             points(figure, frame, arms, papers)
         else:
@@ -47,26 +48,39 @@ def save_figure(
     return SHOWS[kind]
 
 
-def learning_curves(figure: Figure, study: Study, frame: pd.DataFrame, arms: dict[str, Arm]) -> None:
-    """Validation loss over training tokens; below it, less the reference, seed by seed."""
+def learning_curves(
+    figure: Figure, study: Study, frame: pd.DataFrame, arms: dict[str, Arm], papers: dict[str, tuple[Any, Any]]
+) -> None:
+    """Validation loss over training tokens; below it, less the reference, seed by seed; the paper's hollow.
+
+    papers: as published.curves has them."""
     losses = study.curves.pivot(index=["seed", "tokens"], columns="arm", values="val/ce")
     drawn = [arm for arm in arms if arm in losses]
     reference = next((arm for arm in frame["reference_arm"] if arm in losses), None)
     panels = {"validation cross-entropy": losses}
     if reference is not None:
-        panels[f"less {arms[reference].label}"] = losses.sub(losses[reference], axis="index")
+        panels[f"validation loss minus\n{arms[reference].label}'s"] = losses.sub(losses[reference], axis="index")
+    unit, per = token_unit(float(study.curves["tokens"].to_numpy().max()))
     worst_first = sorted(drawn, key=lambda arm: over_seeds(losses.loc[:, arm])["mean"].iloc[-1], reverse=True)
     figure.subplots(len(panels), sharex=True)
     for axes, (quantity, values) in zip(figure.axes, panels.items()):
-        axes.set_ylabel(f"{quantity}\n(nats per token)")
+        axes.set_ylabel(f"{quantity} (nats)" if "\n" in quantity else f"{quantity}\n(nats per token)")
         for place, arm in enumerate(worst_first):
             curve, look = over_seeds(values.loc[:, arm]), arms[arm].look
-            millions, mean, deviation = curve.index.to_numpy() / 1e6, curve["mean"], curve["deviation"]
+            x, mean, deviation = curve.index.to_numpy() / per, curve["mean"], curve["deviation"]
             band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
-            axes.fill_between(millions, mean - deviation, mean + deviation, **band)
-            marks = {"marker": look["marker"], "markevery": (place % 3 + 1, 4), "markersize": 2.8}
+            axes.fill_between(x, mean - deviation, mean + deviation, **band)
+            every = (place % 3 + 1, 4) if len(curve) > 6 else 1
+            marks = {"marker": look["marker"], "markevery": every, "markersize": 2.8}
             line = {"color": look["color"], "dashes": look["dashes"], "linewidth": 1.1}
-            axes.plot(millions, mean, label=arms[arm].label, **line, **marks)
+            axes.plot(x, mean, label=arms[arm].label, **line, **marks)
+    theirs = [arm for arm in drawn if arm in papers and reference is not None]
+    for arm in theirs:
+        share, apart = papers[arm]
+        last = study.curves["tokens"].max() / per
+        hollow: dict[str, Any] = {key: arms[arm].look[key] for key in ("color", "marker")}
+        hollow |= {"fillstyle": "none", "linestyle": "none", "clip_on": False, "markersize": 4, "markeredgewidth": 0.8}
+        figure.axes[-1].plot(share * last, apart, **hollow)
     upper, unigram = figure.axes[0], study.counted.loc[:, "val/unigram_entropy"].mean()
     upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
     right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far from the line there
@@ -75,10 +89,16 @@ def learning_curves(figure: Figure, study: Study, frame: pd.DataFrame, arms: dic
     upper.text(1, unigram, "unigram entropy ", transform=right, **note)
     upper.legend()
     n = numbers(frame.loc[frame["n"] > 0, "n"])
-    figure.axes[-1].set_xlabel("training tokens (millions)")
+    figure.axes[-1].set_xlabel(f"training tokens ({unit})")
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
-    explain(figure, f"lines: mean over seeds (n = {n}); bands: ± 1 standard deviation")
+    of_paper = "\nhollow: published, at the same share of its training" if theirs else ""
+    explain(figure, f"lines: mean over seeds (n = {n}); bands: ± 1 standard deviation{of_paper}")
     figure.align_ylabels()
+
+
+def token_unit(most: float) -> tuple[str, float]:
+    """In which as many tokens are no long row of zeros, and how many one of it is."""
+    return ("millions", 1e6) if most >= 1e6 else ("thousands", 1e3)
 
 
 def explain(figure: Figure, text: str) -> None:
@@ -122,7 +142,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.grid(axis="y", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"test cross-entropy less that of\n{reference_of(frame)} (nats per token)")
+    axes.set_xlabel(f"test loss minus {reference_of(frame)}'s\n(nats per token)")
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
     explain(figure, f"{bars}n = {numbers(rows['n'])}" + ("; hollow: published" if theirs else ""))
 

@@ -9,12 +9,18 @@ from typing import Any
 
 from tabulate import tabulate
 
-COLUMNS: tuple[str, ...] = ("arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run", "chosen")
+COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
+COLUMNS += ("chosen", "at_edge")
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 
 def beyond(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
-    """The places next to the best one, beyond the edges of what was tried. results: place -> validation loss."""
+    """What is to be tried yet: edges, while no more than MOST are tried. results: place -> validation loss."""
+    return edges(results)[: max(0, MOST - len(results))]
+
+
+def edges(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
+    """The places next to the best one, beyond the edges of what was tried."""
     best = min(results, key=lambda place: results[place])
     if math.isinf(results[best]):
         return []
@@ -23,12 +29,12 @@ def beyond(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
         tried = [place[axis] for place in results]
         steps = [1] * (at == max(tried)) + [-1] * (at == min(tried))
         further += [(*best[:axis], at + step, *best[axis + 1 :]) for step in steps]
-    return further[: max(0, MOST - len(results))]
+    return further
 
 
 def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]]:
     """The scale, a row a trial as in COLUMNS, and what is open. An arm's best trial is chosen once all have ended and
-    it does not lie at an edge, or MOST have been tried. ValueError if the sweep has no record or no trials."""
+    no seed's best lies at an edge with fewer than MOST tried. ValueError if the sweep has no record or no trials."""
     path = runs / "sweeps" / f"{sweep}.json"
     if not path.exists():
         raise ValueError(f"no sweep {sweep!r} was run into {runs}; python run.py -m sweeps={sweep} does it")
@@ -41,30 +47,32 @@ def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]
         raise ValueError(f"{path} has no trials: it is no sweep of trial=all")
     rows, left = [], []
     for arm, cells in arms.items():
-        best, why = choose(cells)
+        best, at_edge, why = choose(cells)
         left += [f"{arm}: {why}"] if why else []
         for number, cell in enumerate(cells):
-            row = {"arm": arm, "trial": number, **{key: cell[key] for key in ("lr", "knob", "value", "seed", "run")}}
-            chosen = best == tuple(cell["place"])
-            rows.append({key: (row | {"val_ce": cell["val_ce"], "chosen": chosen})[key] for key in COLUMNS})
+            own = {key: cell[key] for key in ("lr", "knob", "value", "seed", "run", "val_ce")}
+            own |= {"scale": record["scale"], "arm": arm, "trial": number, "chosen": best == tuple(cell["place"])}
+            rows.append({key: (own | {"at_edge": own["chosen"] and at_edge})[key] for key in COLUMNS})
     return record["scale"], rows, left
 
 
-def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, str]:
-    """The place of the lowest mean validation loss over seeds, or None and why nothing is chosen yet."""
-    losses: dict[tuple[int, ...], list[float]] = {}
+def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, str]:
+    """Of the places that all seeds have tried the one of the lowest mean validation loss, or None; whether it lies at
+    an edge of them; and why nothing is chosen yet."""
+    losses: dict[int, dict[tuple[int, ...], float]] = {}
     for cell in cells:
         if cell["val_ce"] is None:
             left = sum(each["val_ce"] is None for each in cells)
-            return None, f"{left} of {len(cells)} trials have not ended"
-        losses.setdefault(tuple(cell["place"]), []).append(cell["val_ce"])
-    means = {place: sum(each) / len(each) for place, each in losses.items()}
+            return None, False, f"{left} of {len(cells)} trials have not ended"
+        losses.setdefault(cell["seed"], {})[tuple(cell["place"])] = cell["val_ce"]
+    if further := sum(len(beyond(own)) for own in losses.values()):  # each seed goes on by itself, as sweeps.plan does
+        return None, False, f"the best of {len(cells)} lies at an edge, {further} more to try"
+    common = set.intersection(*(set(own) for own in losses.values()))
+    means = {place: sum(own[place] for own in losses.values()) / len(losses) for place in sorted(common)}
     best = min(means, key=lambda place: means[place])
     if math.isinf(means[best]):
-        return None, "no trial finished"
-    if further := beyond(means):
-        return None, f"the best of {len(means)} lies at an edge, {len(further)} more to try"
-    return best, ""
+        return None, False, "no trial finished"
+    return best, bool(edges(means)), ""
 
 
 def _validation(folder: Path) -> float | None:
@@ -74,25 +82,26 @@ def _validation(folder: Path) -> float | None:
     return None if result is None else result["val/ce"] if result["outcome"] == "finished" else math.inf
 
 
-def notes(results: Path, scale: str, arms: list[str]) -> list[str]:
-    """What a report prints under its table, a line an arm: how it was tuned. [] if there is no ledger.
+def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. [] if there
+    is no ledger.
 
-    arms: labels; the ledger's arm is the longest that a label begins with (that of NAME_64 is NAME).
+    arms: label -> the flat settings of its runs, as far as they are known; the ledger's arm is the longest that a label
+    begins with (that of NAME_64 is NAME).
     """
     path = results / scale / "tune" / "ledger.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = {}
-    for arm in arms:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for arm, runs in arms.items():
         known = [name for name in {row["arm"] for row in rows} if arm == name or arm.startswith(f"{name}_")]
-        name = max(known, key=len, default=None)
-        lines[name or arm] = _note([row for row in rows if row["arm"] == name], name or arm)
-    return list(lines.values())
+        lines.setdefault(max(known, key=len, default=arm), []).extend(runs)
+    return [_note([row for row in rows if row["arm"] == name], name, runs) for name, runs in lines.items()]
 
 
-def _note(rows: list[dict[str, str]], arm: str) -> str:
+def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> str:
     chosen = next((row for row in rows if row["chosen"] == "True"), None)
     if not rows:
         return f"{arm}: not tuned"
@@ -100,7 +109,17 @@ def _note(rows: list[dict[str, str]], arm: str) -> str:
     if chosen is None:
         return f"{arm}: {tried}, nothing chosen yet"
     knob = f", {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""
-    return f"{arm}: train.lr={float(chosen['lr']):g}{knob} is the best of {tried} (validation {chosen['val_ce']} nats)"
+    edge = ", still at an edge" if chosen["at_edge"] == "True" else ""
+    best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} (validation {chosen['val_ce']} nats{edge})"
+    return f"{arm}: {best}, {_use(chosen, runs)}"
+
+
+def _use(chosen: dict[str, str], runs: list[dict[str, Any]]) -> str:
+    wanted = {"train.lr": chosen["lr"]} | ({chosen["knob"]: chosen["value"]} if chosen["knob"] else {})
+    used = [all(run[key] == float(value) for key, value in wanted.items()) for run in runs if {*wanted} <= run.keys()]
+    if not used:
+        return "of these runs not known"
+    return "used" if all(used) else f"NOT used here by {used.count(False)} of {len(used)} runs"
 
 
 def write(runs: Path, results: Path, sweep: str) -> str:
@@ -114,10 +133,13 @@ def write(runs: Path, results: Path, sweep: str) -> str:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    shown = [{key: row[key] for key in COLUMNS if key != "run"} | {"chosen": "*" * row["chosen"]} for row in rows]
+    columns = [key for key in COLUMNS if key not in ("scale", "run", "at_edge")]
+    shown = [{key: row[key] for key in columns} | {"chosen": "*" * row["chosen"]} for row in rows]
+    edge = dict.fromkeys(row["arm"] for row in rows if row["at_edge"])
     lines = [tabulate(shown, headers="keys", disable_numparse=True, missingval="")]
     if left:
         lines += ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)]
+    lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]
     return "\n".join([*lines, f"{folder / 'ledger.csv'}: tuned={folder / 'ledger.csv'} uses it in any sweep"])
 
 

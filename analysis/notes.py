@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.additive_model import ALONE as VARIANCES
 from analysis.arms import described
 from analysis.behind import SETTING
 from analysis.summary import LEAKS, model_of
@@ -41,6 +42,7 @@ def several(counts: list[float]) -> str:
 def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     """What the columns are."""
     reference, early = reference_of(frame), "best_step" in runs and runs["best_step"].notna().to_numpy().any()
+    timed = reference_of(frame, "timed_arm")
     when = "of the best validation's weights" if early else "after the last step"
     lines = [
         f"perplexity: exp(cross-entropy per token) {when}; mean ± standard deviation over n runs (seeds)",
@@ -50,7 +52,7 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
-        f"seconds: of training, mean over runs; and until the validation loss was {reference}'s last of the same seed",
+        f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
     ]
     if frame["test_bits_per_byte"].notna().to_numpy().any():
         lines.append(
@@ -84,10 +86,17 @@ def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]
             f"{ALONE} tested alone, by its own pairs and Bonferroni's correction: it or {reference} scatters unlike"
         )
         lines.append("  the other arms (three times their variance, F-test at 5 %)")
-    if frame["below_floor"].to_numpy().any():
-        lines.append(f"{FLOOR} below the noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+    for row in frame.loc[(frame["variance_ratio"] >= VARIANCES) & ~frame["noisy"]].to_dict("records"):
+        what = f"{row['label']} has {row['variance_ratio']:.2g} times the others' variance"
+        lines += [f"{what}, which an F-test does not tell from chance:"]
+        lines += ["  it is not tested alone; see what the paired t makes of its differences"]
+    if floor == floor:
+        mark = f"{FLOOR} below the " if frame["below_floor"].to_numpy().any() else ""
+        lines.append(f"{mark}noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+    else:
+        lines.append("noise floor: unknown; run sweeps=noise_floor at this scale and report on it")
     if leaky(frame).to_numpy().any():
-        lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, not a language model")
+        lines.append(f"{LEAKS} routes by what comes after a token, in evaluation too: a bound, no language model")
     if (share := unknown_share(frame)) > 0:
         lines.append(
             f"{UNKNOWN} of the test tokens {share:.2%} are the unknown word, whose text is not priced: bits per"
@@ -144,9 +153,9 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
     for arm, own in counted.groupby("arm", sort=False):
         if "leaks" in own and own["leaks"].iloc[0]:
             declared.setdefault(own["leaks"].iloc[0], []).append(labels[arm].removesuffix(f" {LEAKS}"))
-    lines = [f"declares a leak ({leak}): {', '.join(names)}" for leak, names in declared.items()]
+    lines = [f"leak, declared by the router ({leak}): {', '.join(names)}" for leak, names in declared.items()]
     if declared:
-        lines.append("  (python -m routers.certify router=NAME finds it, and that the others have none)")
+        lines.append("  (python -m routers.certify router=NAME checks what a router declares; a report does not)")
     for column in [column for column in runs if column.startswith(SETTING)]:
         key = column.removeprefix(SETTING)
         if key in asked.get("varies", []):
@@ -167,6 +176,7 @@ def bad_runs(runs: pd.DataFrame) -> list[str]:
     counted = len(runs) - len(left_out)
     lines = [f"{counted} of {len(runs)} runs are counted" + ("; in no mean:" if left_out else "")]
     lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
+    lines += wrap(runs["listed"].iloc[0], WIDTH, subsequent_indent="  ") if "listed" in runs else []
     command = runs["sweep_command"].iloc[0]
     again = [run for run in left_out if run["outcome"] in WITHOUT_RESULT]
     if again:

@@ -56,6 +56,18 @@ def differences(tables: list[dict[str, Any]], pairs: dict[str, str]) -> dict[str
     return found
 
 
+def curves(tables: list[dict[str, Any]], pairs: dict[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """arm -> shares of the published training, and nats of its validation perplexity less those of its reference's."""
+    found = {}
+    for table in tables:
+        known = table.get("curves", {})
+        for arm, reference in pairs.items():
+            if {arm, reference} <= set(known):
+                share = np.array(table["updates"]) / table["updates"][-1]
+                found[arm] = share, np.log(np.array(known[arm]) / np.array(known[reference]))
+    return found
+
+
 def routing_curves(path: Path) -> pd.DataFrame:
     """DeepMind's public curves: a row a router, model size and number of experts, with its last validation loss.
 

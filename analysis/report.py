@@ -6,6 +6,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     printed, frame = write_tables(folder, style)
     shows = save_figure(study, frame, style, asked, folder, public)
 
-    where = f"table   {folder}/table.md, table.tex, table.csv\n"
+    where = f"{tables_at(folder)}\n"
     where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
     fair = frame.loc[~tables.leaky(frame), "arm"]  # an oracle has nothing to continue with
@@ -70,6 +71,10 @@ def write_tables(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
     return "\n\n".join([head, terminal, shown]), frame
 
 
+def tables_at(folder: Path) -> str:
+    return f"table   {folder}/table.md, table.tex, table.csv"
+
+
 def small_tables(frame: pd.DataFrame, papers: list[dict[str, Any]], form: str, brief: bool = False) -> str:
     """The table in several that fit a terminal."""
     parts = [tables.result(frame, form), tables.beside_published(frame, papers, form)]
@@ -82,7 +87,7 @@ def notes_of(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict, 
     lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
-    lines += [line for line in runs["tuning"].iloc[0].split("\n") if line]
+    lines += (runs["tuning"].iloc[0] or "no ledger at this scale: nothing was tuned").split("\n")
     return "\n".join(lines + notes.bad_runs(runs))
 
 
@@ -102,7 +107,7 @@ def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (
 
 
 def main() -> None:
-    """Print the report, or leave with status 1 and one line on stderr."""
+    """Print the report, or leave with status 2 and one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
     parser.add_argument("name", help="a sweep that was run, for example quickstart; or the runs.csv of a report")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
@@ -121,7 +126,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.name.endswith(".csv"):
-            print(write_tables(Path(given.name).parent, load("style"))[0])
+            folder = Path(given.name).parent
+            print(f"{write_tables(folder, load('style'))[0]}\n\n{tables_at(folder)}")
             return
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)
@@ -129,8 +135,9 @@ def main() -> None:
         if given.explain:
             print(f"\n{explained(given.name, given.runs, given.results, places)}")
     except (ValueError, OSError) as error:
-        parser.exit(1, f"analysis.report: {error}\n")
+        parser.exit(2, f"analysis.report: {error}\n")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

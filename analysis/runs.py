@@ -17,6 +17,10 @@ from analysis.metrics import Metrics, parsed, read_metrics
 # What runs must share to be averaged or compared, and the outcome of those that do not: the code over the whole sweep,
 # as contrasts may cross its groups, the others in each group.
 COMPARABLE = {"data_fingerprint": "other data", "token_budget": "other token budget", "code": "other commit"}
+UNLISTED = (
+    "sweeps/{}.json is not there: the runs are those whose config names this sweep; cells that were first trained"
+    " for another sweep are missing"
+)
 ENDED = ("finished", "diverged")  # the outcomes of runs that have a result
 
 
@@ -43,6 +47,7 @@ class Study(NamedTuple):
     counted: pd.DataFrame  # the rows of runs that enter means: the finished
     curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, and metrics.CURVE (nats per token)
     config: dict  # of the first finished run
+    listed: str  # where the list of runs is from, if not from the sweep's own record
 
 
 class Record(NamedTuple):
@@ -51,6 +56,7 @@ class Record(NamedTuple):
     scale: str
     command: str
     cells: list[dict[str, Any]]  # run: its folder's name; arm, seed and so on: what it is in this sweep
+    listed: str = ""  # of Study
 
 
 def read_study(
@@ -72,7 +78,7 @@ def read_study(
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
     curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])
     config = found[counted["id"].iloc[0]].config()
-    return Study(name, record.scale, record.command, runs, counted, curves, config)
+    return Study(name, record.scale, record.command, runs, counted, curves, config, record.listed)
 
 
 def read_runs(
@@ -96,9 +102,18 @@ def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Reco
     runs = {run: find().config() for mirror in mirrors for run, find in mirror.items()}
     runs = {run: config for run, config in runs.items() if config.get("sweep") == name}
     if not runs:
-        raise ValueError(f"no sweep {name!r} was run into {folder}; python run.py -m sweeps={name} does it")
+        raise ValueError(f"no sweep {name!r} was run into {folder}; {_instead(name, folder)}")
     scale = Counter(config["scale"] for config in runs.values()).most_common(1)[0][0]
-    return Record(scale, f"python run.py -m sweeps={name} scale={scale}", [{"run": run} for run in sorted(runs)])
+    command = f"python run.py -m sweeps={name} scale={scale}"
+    return Record(scale, command, [{"run": run} for run in sorted(runs)], UNLISTED.format(name))
+
+
+def _instead(name: str, folder: Path) -> str:
+    """What to do about a sweep that was not run."""
+    if (Path(__file__).parents[1] / "sweeps" / f"{name}.yaml").exists():
+        return f"python run.py -m sweeps={name} does it"
+    known = ", ".join(sorted(path.stem for path in (folder / "sweeps").glob("*.json")))
+    return f"sweeps/ has none of that name either; run were {known or 'none'}"
 
 
 def find_run(folder: Path, name: str, mirrors: Sequence[Mirror] = ()) -> Found:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.additive_model import AdditiveModel, Comparison, compare, fit, paired, residual_deviations
-from analysis.arms import described, references
+from analysis.additive_model import AdditiveModel, Comparison, compare, fit, noisy_arms, paired, residual_deviations
+from analysis.arms import described, references, timed_against
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
 
@@ -21,8 +21,9 @@ UNKNOWN = (
     "paired_low",
     "paired_high",
     "paired_p",
+    "equivalence_p",
+    "seeds_to_separate",
 )
-UNKNOWN += ("variance_ratio", "equivalence_p", "seeds_to_separate")
 WITHIN = {"active_parameters": "parameters/active", "total_parameters": "parameters/total"}
 WITHIN |= {"flops_per_token": "train_flops_per_token", "peak_memory_bytes": "peak_memory_bytes"}
 WITHIN |= {
@@ -35,9 +36,11 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
     """One row an arm, in job order, numbers in full (losses in nats per token): table.csv, and what is printed."""
     counted = runs.loc[runs["outcome"] == "finished"]
     arms = described(runs["arm"], style)
-    pairs = references(arms, asked)
+    pairs, timed = references(arms, asked), timed_against(arms, asked)
     model = model_of(counted, arms, asked)
-    compared, scatter = compare(model, {**pairs}), residual_deviations(model)
+    compared, scatter, noisy = compare(model, {**pairs}), residual_deviations(model), noisy_arms(model)
+    shared = len({pairs[str(arm)] for arm in compared}) == 1
+    design = {"comparisons": len(compared), "degrees": model.degrees, "rho": 0.5 if shared else 0.0}
     rows = []
     for name, arm in arms.items():
         own: Any = counted.loc[counted["arm"] == name]
@@ -49,9 +52,10 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
             "n": len(own),
             "reference": name in pairs.values() and name not in pairs,
         }
-        row |= {"reference_arm": pairs.get(name, ""), **losses(own), **costs(own)}
-        row |= differences(model, compared.get(name), name, pairs.get(name), asked["margin"])
+        row |= {"reference_arm": pairs.get(name, ""), "timed_arm": timed.get(name, ""), **losses(own), **costs(own)}
+        row |= differences(model, compared.get(name), name, pairs.get(name), asked["margin"], design)
         row["residual_deviation"] = scatter.get(name, np.nan)
+        row["variance_ratio"], row["noisy"] = noisy.get(name, (np.nan, False))
         rows.append(row)
     frame = beside_references(pd.DataFrame(rows))
     frame["below_floor"] = frame["difference_mean"].abs() < runs["noise_floor"].iloc[0]
@@ -87,22 +91,29 @@ def mean_of_all(runs: Any, column: str) -> float:
 
 
 def differences(
-    model: AdditiveModel, found: Comparison | None, name: str, reference: str | None, margin: float
+    model: AdditiveModel,
+    found: Comparison | None,
+    name: str,
+    reference: str | None,
+    margin: float,
+    design: dict[str, Any],
 ) -> dict[str, Any]:
-    """Of the test loss to the reference's: the pooled fit's, the paired t-test's, equivalence, seeds to separate."""
+    """Of the test loss to the reference's: the pooled fit's, the paired t-test's, equivalence, seeds to separate.
+    design: of the comparisons together, as power takes it."""
     row: dict[str, Any] = {"difference_pairs": 0, "separated": False, "alone": False, "equivalent": False}
     row |= dict.fromkeys(UNKNOWN, np.nan)
     if found is None or reference is None:
         return row
-    single, k = paired(model, name, reference), len(model.arms) - 1
+    single = paired(model, name, reference)
     row |= {"difference_pairs": single.n, "difference_mean": found.estimate.value, "alone": found.alone}
     row |= {"difference_low": found.low, "difference_high": found.high, "p": found.p, "separated": found.separated}
-    row |= {"paired_mean": single.value, "paired_p": single.p, "variance_ratio": found.ratio}
+    row |= {"paired_mean": single.value, "paired_p": single.p}
     row["paired_low"], row["paired_high"] = single.interval()
     row["equivalence_p"] = found.estimate.p_within(margin)
     row["equivalent"] = bool(row["equivalence_p"] < 0.05)
     deviation = single.error * (single.n / 2) ** 0.5 if found.alone else float(model.variance) ** 0.5
-    design = {"arms": 2, "level": 1 - 0.05 / k} if found.alone else {"arms": k + 1}
+    if found.alone:
+        design = {"level": 1 - 0.05 / design["comparisons"]}
     if not found.separated and np.isfinite(found.low):
         row["seeds_to_separate"] = seeds_to_separate(found.estimate.value, deviation, **design)
     return row

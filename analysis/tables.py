@@ -5,6 +5,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
@@ -22,9 +23,11 @@ def of_columns(rows: list[list[str]], headers: list[str], form: str, left: tuple
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
 
 
-def reference_of(frame: pd.DataFrame) -> str:
-    """What the differences are to, for a header: one arm's label, or that of the method at each place."""
-    references = frame.loc[frame["arm"].isin(frame["reference_arm"])]
+def reference_of(frame: pd.DataFrame, column: str = "reference_arm") -> str:
+    """What the differences are to, for a header: one arm's label, or that of the method at each place.
+
+    column: timed_arm is what wall-clock is counted to."""
+    references = frame.loc[frame["arm"].isin(frame[column])]
     first = (references if len(references) else frame).to_dict("records")[0]
     if len(references) < 2:
         return first["label"]
@@ -67,35 +70,40 @@ def marks(row: dict[str, Any]) -> list[str]:
 
 
 def statistics(frame: pd.DataFrame, form: str) -> str:
-    """What stands behind the intervals; "" if there are none."""
+    """What stands behind the intervals, and how references scatter; "" if there are none."""
     rows = []
     for row in frame.to_dict("records"):
-        if row["difference_low"] != row["difference_low"]:
+        compared = row["difference_low"] == row["difference_low"]
+        if not compared and row["arm"] not in set(frame["reference_arm"]) & set(frame.loc[frame["n"] > 0, "arm"]):
             continue
-        pair = interval(row, "paired") if row["difference_pairs"] > 1 else ""
-        documents = interval(row, "documents", mean=False)
+        pair = interval(row, "paired") if row["difference_pairs"] > 1 else "" if compared else "reference"
+        documents = interval(row, "documents", mean=False) if compared else ""
         cells = [row["label"], p_value(row["p"]), pair, p_value(row["equivalence_p"]), documents]
-        seeds = "" if row["separated"] else given(row["seeds_to_separate"], ".0f") or "> 10000"
+        seeds = given(row["seeds_to_separate"], ".0f") or "> 10000" if compared and not row["separated"] else ""
         rows.append([*cells, given(row["residual_deviation"], ".4f"), given(row["variance_ratio"], ".2g"), seeds])
     headers = ["method", "p, all\ntogether", "paired t alone\n[95 % interval]", "p of\nequivalence"]
     headers += ["over documents\n[95 % interval]", "residual\ndeviation", "variance\nratio", "seeds to\nseparate"]
-    return of_columns(rows, headers, form, left=(0, 2, 4)) if rows else ""
+    return of_columns(rows, headers, form, left=(0, 2, 4)) if frame["difference_low"].notna().to_numpy().any() else ""
 
 
 def costs(frame: pd.DataFrame, form: str) -> str:
     """What each method costs, beside the reference."""
-    reference = reference_of(frame)
+    reference, timed = reference_of(frame), reference_of(frame, "timed_arm")
     headers = ["method", "parameters\nactive / total", f"total over\n{reference}", "FLOPs\nper token"]
-    headers += [f"FLOPs over\n{reference}", "peak\nmemory", "training\nseconds", f"seconds to\nloss of {reference}"]
+    headers += [
+        f"FLOPs over\n{reference}",
+        "peak\nmemory",
+        "training\nseconds",
+        f"seconds to\nloss of {timed}",
+    ]
     rows = []
     for row in frame.loc[frame["n"] > 0].to_dict("records"):
         over = [given(row[f"{what}_over_reference"], ".2f") for what in ("total_parameters", "flops_per_token")]
         parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
         cells = [row["label"], parameters, over[0], human(row["flops_per_token"]), over[1]]
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
-        rows.append(
-            [*cells, given(row["train_seconds"], ",.0f"), given(row["seconds_to_reference"], ",.0f") or "never"]
-        )
+        until = given(row["seconds_to_reference"], ",.0f") or ("never" if row["timed_arm"] else "")
+        rows.append([*cells, given(row["train_seconds"], ",.0f"), until])
     return of_columns(rows, headers, form)
 
 
@@ -107,7 +115,7 @@ def by_text(frame: pd.DataFrame, form: str) -> str:
     mark = f" {UNKNOWN}" if unknown_share(frame) > 0 else ""
     headers = ["method", f"test bits\nper byte{mark}", f"validation{mark}", "test word\nperplexity", "validation"]
     keys = [f"{split}_{key}" for key in TEXT_FIGURES[:2] for split in ("test", "val")]
-    return of_columns([[row["label"], *(given(row[key], ".4g") for key in keys)] for row in rows], headers, form)
+    return of_columns([[row["label"], *(readable(row[key]) for key in keys)] for row in rows], headers, form)
 
 
 def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: str) -> str:
@@ -121,8 +129,13 @@ def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: st
         for theirs in rows.get(row["arm"], [{}]):
             difference = apart.get(row["arm"])
             published = ABSENT if difference is None else f"{difference[0]:+.3f} {difference[1]}"
-            note = f" ({theirs.get('configuration', theirs['table'])})" if len(rows.get(row["arm"], [])) > 1 else ""
-            cell = [row["label"] + note, given(row["test_perplexity"], ".2f"), of_paper(theirs, "test")]
+            several = theirs["table"] if len(rows.get(row["arm"], [])) > 1 else ""
+            note = theirs.get("configuration", several)
+            cell = [
+                row["label"] + (f" ({note})" if note else ""),
+                given(row["test_perplexity"], ".2f"),
+                of_paper(theirs, "test"),
+            ]
             cell += [given(row["val_perplexity"], ".2f"), of_paper(theirs, "valid")]
             cells.append(
                 [*cell, *(["", ""] if not row["reference_arm"] else [given(row["difference_mean"], "+.3f"), published])]
@@ -162,6 +175,11 @@ def p_value(p: float) -> str:
 def given(value: float | None, form: str) -> str:
     """The number, or nothing for NaN."""
     return "" if value is None or value != value else format(value, form)
+
+
+def readable(value: float) -> str:
+    """Four digits; of a hardly trained model's perplexity its logarithm."""
+    return f"exp({np.log(value):.2f})" if value >= 1e6 else given(value, ".4g")
 
 
 def human(count: float) -> str:

@@ -19,6 +19,8 @@ from training.settings import Settings
 
 HEADERS = ["arm", "seed", "run", "parameters\nactive / total", "GFLOPs\na token", "tokens", "memory", "time", "state"]
 
+UNKNOWN = "unknown"  # of epochs over a text that is not prepared
+
 
 def single(config: DictConfig) -> Planned:
     """One run's job. Raises ValueError as preflight does."""
@@ -31,7 +33,7 @@ def single(config: DictConfig) -> Planned:
 
 def report(planned: Sequence[Planned]) -> int:
     """Print the table. Exit status: 0, or 2 if a job is invalid, each of which is named."""
-    rows, known, left, why = [], {}, {}, set()
+    rows, known, left, why = {}, {}, {}, set()
     pace = {each.settings.runs: Pace(Path(each.settings.runs)) for each in planned if each.settings}
     for each in planned:
         if (settings := each.settings) is None:
@@ -45,13 +47,14 @@ def report(planned: Sequence[Planned]) -> int:
         seconds, basis = pace[settings.runs].seconds(settings, known[key])
         name = each.run.folder.name if each.run else f"(id {provisional_id(settings)})"
         state = standing(each.run.folder) if each.run else "left"
-        rows.append([settings.arm, settings.seed, name, *figures(known[key]), duration(seconds), state])
+        time = UNKNOWN if seconds is None else duration(seconds)
+        rows.setdefault(name, [settings.arm, settings.seed, name, *figures(known[key]), time, state])
         if state != "done":
-            why.add(basis)
+            why |= {basis} - {""}
             left[name] = seconds
     if rows:
-        print(tabulate(rows, HEADERS, disable_numparse=True))
-        print("\n" + summary(planned, rows, left, why))
+        print(tabulate(rows.values(), HEADERS, disable_numparse=True))
+        print("\n" + summary(planned, [*rows.values()], left, why))
     invalid = errors(planned)
     for line in invalid:
         print(f"invalid: {line}")
@@ -60,21 +63,27 @@ def report(planned: Sequence[Planned]) -> int:
 
 def counted(settings: Settings) -> str:
     """Equal for settings that cost the same."""
-    parts = settings.model, settings.experts, settings.router, settings.num_experts, settings.tokenizer, settings.data
-    return repr((*parts, settings.train.steps, settings.train.batch_size, settings.train.micro_batch))
+    train, text = settings.train, (settings.tokenizer, settings.data)
+    parts = settings.model, settings.experts, settings.router, settings.num_experts, *text
+    return repr((*parts, train.steps, train.epochs, train.batch_size, train.micro_batch))
 
 
 def figures(cost: Cost) -> list[str]:
     parameters = f"{cost.active / 1e6:.1f}M / {cost.total / 1e6:.1f}M"
-    return [parameters, f"{cost.flops / 1e9:.3f}", f"{cost.tokens / 1e6:.1f}M", f"{cost.memory / 1e9:.1f} GB"]
+    tokens = UNKNOWN if cost.tokens is None else f"{cost.tokens / 1e6:.1f}M"
+    memory = f"{cost.memory / 1e9:.1f} GB" if cost.memory >= 1e9 else f"{cost.memory / 1e6:.0f} MB"
+    return [parameters, f"{cost.flops / 1e9:.3f}", tokens, memory]
 
 
-def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float], why: set[str]) -> str:
+def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float | None], why: set[str]) -> str:
     runs = {row[2]: row[-1] for row in rows}
     done = sum(state == "done" for state in runs.values())
     lines = [f"{len(planned)} jobs, {len(runs)} runs: {done} done, {len(left)} to make"]
     if left:
-        lines[0] += f" in about {duration(sum(left.values()))} one after the other"
+        known = [seconds for seconds in left.values() if seconds is not None]
+        lines[0] += f" in about {duration(sum(known))} one after the other" if known else ""
+        lines[0] += ", and those of unknown length" if 0 < len(known) < len(left) else ""
+    if why:
         lines.append(f"Time and memory are estimates; time from {' and '.join(sorted(why))}.")
     if any(each.settings and not each.run for each in planned):
         lines.append("Its text is not prepared yet: ids, and which runs are done, are known when it is.")

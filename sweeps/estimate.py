@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     active: int  # parameters
     total: int
     flops: int  # matrix products of a training token
-    tokens: int  # of training
+    tokens: int | None  # of training; None of epochs of a text that is not prepared
     memory: float  # bytes, estimated
 
 
@@ -41,7 +41,8 @@ def cost(settings: Settings, run: Run | None) -> Cost:
     # Within a tenth of the 6.2 GB and 8.0 GB that dense and hash took at scale=small on an H200 (LOG.md).
     layers = sizes.num_layers + sizes.encoder_layers
     memory = 16 * counts["total"] + rows * (layers * each * (6 * sizes.d_model + 2 * sizes.d_ff) + 8 * vocab_size)
-    tokens = train.steps * train.batch_size * data.sequence_length
+    known = run is not None or train.epochs is None  # opening a run turns epochs into steps
+    tokens = train.steps * train.batch_size * data.sequence_length if known else None
     return Cost(counts["active"], counts["total"], model.train_flops_per_token(), tokens, memory)
 
 
@@ -62,8 +63,10 @@ class Pace:
             flops = result["train_flops_per_token"] * result["tokens"]
             self.seen.setdefault(kind, []).append((flops, result["seconds"]))
 
-    def seconds(self, settings: Settings, cost: Cost) -> tuple[float, str]:
+    def seconds(self, settings: Settings, cost: Cost) -> tuple[float | None, str]:
         """And on what they rest: runs of this scale and router, of this scale, or nothing but ASSUMED."""
+        if cost.tokens is None:
+            return None, ""
         scale, router = settings.scale, settings.router["_target_"]
         alike = self.seen.get((scale, router))
         of_scale = [each for (name, _), runs in self.seen.items() if name == scale for each in runs]

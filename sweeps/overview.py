@@ -55,7 +55,7 @@ def standing_of(name: str, words: list[str]) -> Standing:
             alike = counted(settings)
             costs[alike] = costs.get(alike) or cost(settings, run)
             assert pace is not None
-            runs[key] = state, pace.seconds(settings, costs[alike])[0]
+            runs[key] = state, pace.seconds(settings, costs[alike])[0] or 0.0
     errors = plan.errors()
     wrong = [f"{name}: {len(errors)} of {len(plan.jobs)} jobs are invalid: {errors[0]}"] if errors else []
     return Standing(name, runs, wrong)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from analysis.explain_figures import _visible
 from analysis.inside import explained, token_kinds
 from analysis.report import explained as explain_report
 
@@ -30,6 +31,16 @@ def test_tokens_are_parted_by_the_company_of_heavy_ones():
     assert kinds["shared"][[2, 4]].all() and not kinds["shared"][[0, 1, 3]].any()
     assert kinds["apart"][[0, 3]].all()
     assert (sum(kinds.values()) == 1).all()
+
+
+def test_heavy_tokens_are_the_first_tenth_of_the_text_and_no_more():
+    frequency = np.array([9, 12, 8, 11, 10, *[5] * 10])  # of 100: 12 alone passes a tenth; a fifth would take 11 too
+    assert np.flatnonzero(token_kinds(np.ones((15, 2)), frequency)["heavy"]).tolist() == [1]
+
+
+def test_a_token_in_a_map_has_so_many_letters_that_no_other_reads_the_same():
+    assert _visible(["a", " the\n", "$"]) == ["a", "␣the\\n", r"\$"]
+    assert _visible(["abcdefghijkl", "abcdefghijxy", "z" * 30]) == ["abcdefghijkl", "abcdefghijxy", "z" * 11 + "…"]
 
 
 def test_the_report_explains_and_made_again_it_is_the_same_bytes(small_study, tmp_path):

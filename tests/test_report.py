@@ -107,6 +107,26 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("wobble", "noisy"), [(0.006, False), (0.03, True)])
+def test_a_reference_that_scatters_has_a_row_and_is_tested_alone_or_said_not_to_be(tmp_path, wobble, noisy):
+    """One arm of four at 3.5 times the deviation of the others is by the F-test chance at n = 3; at 17 times not."""
+    runs, scatter = tmp_path / "runs", [[1, -1, 0], [0, 1, -1], [1, 0, -1], [-1, 0, 1]]
+    sizes = {"dense": wobble, "switch": 0.002, "hash_random": 0.002, "base": 0.002}
+    losses = {
+        (arm, seed): 5 + size * part[seed] for (arm, size), part in zip(sizes.items(), scatter) for seed in range(3)
+    }
+    write_sweep(runs, [write_run(runs, *cell, ce) for cell, ce in losses.items()])
+    printed = report("quickstart", runs, tmp_path / "results")
+    frame, ratio = table_of(tmp_path), table_of(tmp_path).loc["dense", "variance_ratio"]
+    assert ratio >= 3 and frame.loc["dense", "noisy"] == noisy
+    assert list(frame["alone"]) == [False, *[noisy] * 3]
+    said = f"Dense has {ratio:.2g} times the others' variance, which an F-test does not tell from chance:\n"
+    assert (said in printed) != noisy
+    table = (tmp_path / "results/smoke/quickstart/table.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith("| Dense") and f" {ratio:.2g} |" in line]
+    assert "reference" in row and f"{frame.loc['dense', 'residual_deviation']:.4f}" in row
+
+
 def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs, results = Path("runs"), Path("results")
@@ -115,7 +135,7 @@ def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypa
         given = more | {"val/unknown_share": unknown, "test/unknown_share": unknown, "test/word_perplexity": 1.23456e30}
         write_sweep(runs, [write_run(runs, arm, 0, 5.3, **given) for arm in arms])
         printed = report("quickstart", runs, results)
-        assert "test bits" in printed and "1.235e+30" in printed
+        assert "test bits" in printed and "exp(69.29)" in printed
         assert ("§ of the test tokens 1.25% are the unknown word" in printed) == (unknown > 0)
         assert max(len(line) for line in printed.splitlines()) <= 120
     frame = table_of(tmp_path)
@@ -279,7 +299,7 @@ def test_a_curve_is_over_points_that_all_seeds_have():
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda runs: (runs / "sweeps" / "quickstart.json").unlink(), "no sweep 'quickstart'"),
+        (lambda runs: (runs / "sweeps" / "quickstart.json").unlink(), "run into"),
         (
             lambda runs: [path.unlink() for path in runs.glob("*/result.json")],
             "no run of 'quickstart' has finished (15 stopped)",
@@ -287,17 +307,24 @@ def test_a_curve_is_over_points_that_all_seeds_have():
         (lambda runs: write_sweep(runs, []), "(none listed)"),
     ],
 )
-def test_nothing_to_report_is_one_line_and_status_1(whole, tmp_path, spoil, says, monkeypatch, capsys):
+def test_nothing_to_report_is_one_line_and_status_2(whole, tmp_path, spoil, says, monkeypatch, capsys):
     spoil(whole)
     monkeypatch.setattr(
         sys, "argv", ["report", "quickstart", "--runs", str(whole), "--results", str(tmp_path / "results")]
     )
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1 and says in printed.err
     assert not (tmp_path / "results").exists()
+
+
+def test_a_sweep_that_is_not_there_is_not_recommended(whole):
+    with pytest.raises(ValueError, match="sweeps/ has none of that name either; run were quickstart"):
+        read_study("nosuch", whole)
+    with pytest.raises(ValueError, match="no sweep 'modules' was run into .*; python run.py -m sweeps=modules does it"):
+        read_study("modules", whole)
 
 
 def test_a_record_that_points_out_of_the_folder_is_refused(whole, tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from conftest import ROOT, compose_config, tiny_words
 
-from analysis.arms import declared, described, load, references
+from analysis.arms import declared, described, load, references, timed_against
 from analysis.behind import read, write
 from analysis.pack import pack, thinned
-from analysis.published import by_arm, differences, published, routing_curves
+from analysis.published import by_arm, curves, differences, published, routing_curves
 from analysis.report import main, report
 from training.job import FINISHED, run
 
@@ -158,7 +158,9 @@ def test_the_tables_come_again_from_runs_csv_alone_and_all_files_are_the_same_by
     again = files_of(alone)
     assert set(again) == {"runs.csv", "table.csv", "table.md", "table.tex"}
     assert all(one[name] == content for name, content in again.items())
-    assert capsys.readouterr().out.startswith("modules at scale smoke: text files")
+    printed = capsys.readouterr().out
+    assert printed.startswith("modules at scale smoke: text files")
+    assert f"table   {alone}/table.md, table.tex, table.csv\n" in printed
 
 
 def test_every_run_is_in_runs_csv_with_its_origin(trained, tmp_path):
@@ -207,17 +209,33 @@ def test_a_difference_below_the_noise_floor_is_marked(trained, tmp_path):
     floor.mkdir(parents=True)
     rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv").iloc[:3].assign(**{"test/ce": [1.0, 2.0, 3.0]})
     write(rows, floor / "runs.csv")
+    assert "noise floor: unknown; run sweeps=noise_floor" in report("modules", trained, tmp_path / "other")
     printed = report("modules", trained, tmp_path / "results")
     assert "~ below the noise floor: one run repeated with one seed differs by up to 6.0849 nats" in printed
 
 
-def test_wall_clock_to_the_references_loss_is_between_the_validations(trained, tmp_path):
+def test_a_report_on_the_noise_floor_is_the_same_bytes_again_and_has_its_own_floor(runs, tmp_path):
+    repeats = []
+    for number, ce in enumerate((5.0, 5.002, 5.004)):
+        changed, name = {"result.json": {"test/ce": ce}}, f"hash_balanced_repeat_{number}-s0-0000000{number}"
+        repeats.append(spoiled(runs, "hash_balanced_16-s0", name, changed))
+    record_of(runs, "noise_floor")
+    record = json.loads((runs / "sweeps" / "noise_floor.json").read_text())
+    (runs / "sweeps" / "noise_floor.json").write_text(json.dumps(record | {"runs": [path.name for path in repeats]}))
+    printed = report("noise_floor", runs, tmp_path)
+    first = files_of(tmp_path / "smoke" / "noise_floor")
+    assert report("noise_floor", runs, tmp_path) == printed and files_of(tmp_path / "smoke" / "noise_floor") == first
+    # deviation 0.002, t(0.975, 2) = 4.302653, times the root of 2
+    assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
+
+
+def test_wall_clock_to_the_dense_baselines_loss_is_between_the_validations(trained, tmp_path):
     report("modules", trained, tmp_path / "results")
     rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv")
     for row in rows.to_dict("records"):
         lines = [json.loads(line) for line in (trained / row["id"] / "metrics.jsonl").read_text().splitlines()]
         validations = [line for line in lines if "val/ce" in line]
-        if row["arm"].startswith("switch"):
+        if row["arm"] == "dense":  # though the table's reference is another arm
             assert row["seconds_to_reference"] == pytest.approx(validations[-1]["seconds"])
         elif row["seconds_to_reference"] > 0:
             assert validations[0]["seconds"] <= row["seconds_to_reference"] <= validations[-1]["seconds"]
@@ -277,6 +295,12 @@ def test_labels_say_method_place_and_reference():
     assert [arm.x for arm in arms.values()][1:4] == pytest.approx([0.01, float("nan"), 3], nan_ok=True)
     places = described(["dense", "switch_16", "hash_balanced_16", "switch_32", "base_32"], load("style"))
     assert references(places, declared("modules")) == {"hash_balanced_16": "switch_16", "base_32": "switch_32"}
+    assert timed_against(places, declared("modules")) == dict.fromkeys(places, "dense")
+    horizon = described(["dense_1x", "dense_2x", "switch_2x", "switch_4x"], load("style"))
+    at_place = {"dense_1x": "dense_1x", "dense_2x": "dense_2x", "switch_2x": "dense_2x"}  # no dense run of 4x
+    assert timed_against(horizon, declared("horizon")) == at_place
+    alone = described(["hash_balanced_repeat_0", "hash_balanced_repeat_1"], load("style"))
+    assert timed_against(alone, declared("noise_floor")) == dict.fromkeys(alone, "hash_balanced_repeat_0")
     assert references(places, declared("main")) == dict.fromkeys(list(places)[1:], "dense")
 
 
@@ -295,6 +319,16 @@ def test_published_numbers_are_only_those_with_a_status_and_differences_take_the
         "seen",
     )  # the 0.021 that PAPER's text gives
     assert apart["switch_1x64"][1] == "unverified"
+
+
+def test_published_curves_are_differences_over_the_share_of_training_and_lie_in_the_figure():
+    arms = described(["base_inserted", "hash_balanced", "dense"], load("style"))
+    found = curves(published(["cc100_base"], arms), references(arms, declared("base_comparison")))
+    assert set(found) == {"hash_balanced"}
+    share, apart = found["hash_balanced"]
+    assert (share[0], share[-1]) == (8 / 40, 1) and apart[-1] == pytest.approx(-0.1129, abs=1e-4)  # log(10.21 / 11.43)
+    used = {name for asked in load("declared")["sweeps"].values() for name in asked.get("published", [])}
+    assert set(load("published")["tables"]) == used  # nothing is kept that no table shows
 
 
 def curves_file(path: Path, **changes) -> Path:
@@ -332,4 +366,4 @@ def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "runs.csv")])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 1 and "is no runs.csv of a report" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is no runs.csv of a report" in capsys.readouterr().err

@@ -11,7 +11,9 @@ from test_config import ARMS, NUM_EXPERTS, run_py
 
 from analysis.runs import read_study
 from data.prepare import NotPrepared
+from sweeps import dry_run
 from sweeps.composing import jobs_of
+from sweeps.estimate import cost
 from sweeps.overview import overview
 from sweeps.plan import Plan, jobs_to_run
 from training.build import open_data
@@ -182,6 +184,25 @@ def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path):
     assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in bad.stdout.splitlines()) == 5
     assert list(tmp_path.iterdir()) == []
     assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
+
+
+def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text(tiny, tmp_path, capsys):
+    def printed(*words: str, data=open_data) -> str:
+        assert dry_run.report(plan_of("main", *tiny_here, "router=dense,switch", "seed=0", *words, data=data).jobs) == 0
+        return capsys.readouterr().out
+
+    tiny_here = [word for word in tiny if not word.startswith(("model.sparse_layers", "num_experts"))]
+    rows = printed()
+    assert "6 jobs, 4 runs: 0 done, 4 to make in about" in rows  # dense is asked for with each of three sizes
+    assert sum(line.startswith("dense ") for line in rows.splitlines()) == 1 and " MB " in rows and "0.0 GB" not in rows
+    tokens = 12 * 4 * 32
+    assert f" {tokens / 1e6:.1f}M " in rows
+    unknown = printed("train.epochs=2", data=unprepared)
+    assert unknown.count("unknown  ") >= 4 and "4 to make\n" in unknown and "to make in" not in unknown
+    plan = plan_of("main", *tiny_here, "router=dense", "seed=0", "train.epochs=2", data=open_data)
+    (job,) = [job for job in plan.jobs if job.settings and job.settings.arm == "dense"][:1]
+    windows = job.run.splits["train"].full
+    assert cost(job.settings, job.run).tokens == -(-2 * windows // 4) * 4 * 32 > tokens
 
 
 def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path):

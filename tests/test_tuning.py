@@ -88,12 +88,51 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
         ("dense", "0.002", "2.900000")
     ]
     assert [row["val_ce"] for row in rows if row["arm"] == "dense"][2] == "inf"  # diverged, and counted as tried
-    assert ledger.notes(tmp_path / "results", "smoke", ["dense_1x", "switch_64", "base"]) == [
-        "dense: train.lr=0.002 is the best of 3 trials on the validation split, seeds 100 (validation 2.900000 nats)",
+    runs = [{"train.lr": rate, "router.load_balance_coef": 0.1} for rate in (0.002, 0.002, 0.001)]
+    arms = {"dense_1x": runs[:1], "dense": runs[1:2], "switch_64": runs, "base": []}
+    tried = "dense: train.lr=0.002 is the best of 3 trials on the validation split, seeds 100"
+    tried += " (validation 2.900000 nats)"
+    assert ledger.notes(tmp_path / "results", "smoke", arms) == [
+        f"{tried}, used",
         "switch: 6 trials on the validation split, seeds 100, nothing chosen yet",
         "base: not tuned",
     ]
-    assert ledger.notes(tmp_path / "results", "small", ["dense"]) == []
+    for dense, said in ((runs, "NOT used here by 1 of 3 runs"), ([{}], "of these runs not known")):
+        assert ledger.notes(tmp_path / "results", "smoke", {"dense": dense}) == [f"{tried}, {said}"]
+    assert ledger.notes(tmp_path / "results", "small", arms) == []
+
+
+def trials(**losses: list[float]) -> list[dict]:
+    """By seed s<n>: losses of the places (0,), (1,), ..."""
+    return [
+        {"seed": int(seed[1:]), "place": [place], "val_ce": loss}
+        for seed, own in losses.items()
+        for place, loss in enumerate(own)
+    ]
+
+
+def test_of_several_seeds_the_place_is_chosen_that_all_have_tried():
+    # seed 100 went on beyond its edge to a loss that no other seed has; seed 101 is content inside
+    cells = trials(s100=[3.0, 2.9, 2.8, 2.7, 2.75], s101=[3.0, 2.6, 2.9, 2.95])
+    assert ledger.choose(cells) == ((1,), False, "")  # 2.75 against 3.0, 2.85 and 2.825
+    falling = trials(s100=[3.0, 2.9, 2.8], s101=[3.0, 2.6, 2.9])
+    assert ledger.choose(falling) == (None, False, "the best of 6 lies at an edge, 1 more to try")
+
+
+def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_there(record, tmp_path):
+    assert ledger.choose(trials(s100=[3.0 - place / 10 for place in range(ledger.MOST)])) == ((11,), True, "")
+    cells = json.loads((record / "sweeps" / "tune.json").read_text())
+    for place in range(2, 2 + ledger.MOST - 6):
+        (record / f"more-s100-{place}").mkdir()
+        (record / f"more-s100-{place}" / "result.json").write_text(
+            json.dumps({"outcome": "finished", "val/ce": 2.5 - place / 10})
+        )
+        knob = {"knob": "router.load_balance_coef", "value": 10.0**place}
+        cell = {"arm": "x", "seed": 100, "run": f"more-s100-{place}", "tuned": "switch", "place": [1, place]}
+        cells["cells"].append(cell | {"lr": 0.002} | knob)
+    (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
+    assert "switch: the best lies at an edge still, and no more are tried" in ledger.write(record, tmp_path, "tune")
+    assert "(validation 1.800000 nats, still at an edge)" in ledger.notes(tmp_path, "smoke", {"switch": []})[0]
 
 
 def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(record, tmp_path):
@@ -114,6 +153,8 @@ def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(r
     with pytest.raises(ValueError, match="has chosen nothing for base; python run.py -m sweeps=tune router=base tries"):
         composed(["router=base", word])
     assert composed(["router=base", word, "space=null"]).train.lr == composed(["router=base"]).train.lr
+    with pytest.raises(ValueError, match="is of scale=smoke, whose rates are not those of scale=small"):
+        composed(["router=dense", word, "scale=small"])
     with pytest.raises(ValueError, match="is no ledger that can be read"):
         composed(["router=base", f"tuned={tmp_path}/none.csv"])
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import f
 
 from analysis.variation import noise_floor, over_documents, split_variance
 
@@ -11,6 +12,16 @@ def test_a_block_of_hand_arithmetic_splits():
     # rows 0 2 / 4 6: rows differ by 4 (MS 16), columns by 2 (MS 4), nothing is left
     split = split_variance(pd.DataFrame([[0.0, 2.0], [4.0, 6.0]]))
     assert (split.seed, split.table, split.rest) == (8.0, 2.0, 0.0)
+
+
+def test_a_block_that_is_not_square_splits_by_its_own_sides():
+    # 3 seeds of effects 0 3 6 (variance 9), 5 tables of 0 to 4 (2.5), and a rest that has no row or column sum:
+    # 4 squares of 1 on 2 * 4 degrees of freedom, 0.5; mean squares 5 * 9 and 3 * 2.5
+    rest = np.zeros((3, 5))
+    rest[:2, :2] = [[1, -1], [-1, 1]]
+    split = split_variance(pd.DataFrame(np.array([[0.0], [3.0], [6.0]]) + np.arange(5.0) + rest))
+    assert split[:3] == pytest.approx((9 - 0.5 / 5, 2.5 - 0.5 / 3, 0.5))
+    assert split.seed_p == pytest.approx(f.sf(45 / 0.5, 2, 8)) and split.table_p == pytest.approx(f.sf(7.5 / 0.5, 4, 8))
 
 
 def test_planted_components_come_back_on_average_and_the_null_is_kept():

@@ -61,8 +61,10 @@ def test_what_training_logged_comes_back_from_the_offline_files_alone(trained, w
     same(found, expected)
     assert set(found.runs["outcome"]) == {"finished"} and len(found.curves) == 2 * 3
     table = [tmp_path / name / "smoke" / "pair" / "table.csv" for name in ("one", "two")]
-    report("pair", trained, tmp_path / "one")
-    report("pair", wandb_alone, tmp_path / "two", mirrors("pair", wandb_alone, wandb_alone, None))
+    unlisted = "cells that were first trained for another sweep are missing"
+    assert unlisted not in " ".join(report("pair", trained, tmp_path / "one").split())
+    printed = report("pair", wandb_alone, tmp_path / "two", mirrors("pair", wandb_alone, wandb_alone, None))
+    assert unlisted in " ".join(printed.split())
     assert table[0].read_bytes() == table[1].read_bytes()
 
 

@@ -68,7 +68,8 @@ def settle(config: MutableMapping[str, Any] | DictConfig, words: Iterable[str]) 
             config["arm"] = "_".join([config["arm"], "trial", *map(str, config["trial"])])  # else it is the plain arm
     elif config["tuned"] is not None and space is not None and train["init_from"] is None:
         given = {word.lstrip("+").partition("=")[0] for word in words}
-        chosen = {key: value for key, value in from_ledger(config["tuned"], space).items() if key not in given}
+        known = from_ledger(config["tuned"], space, config["scale"])
+        chosen = {key: value for key, value in known.items() if key not in given}
     for key, value in chosen.items():
         _group(config, key)[key.rpartition(".")[2]] = value
 
@@ -90,19 +91,25 @@ def _group(config: MutableMapping[str, Any] | DictConfig, key: str) -> MutableMa
         raise ValueError(f"{key}, which is to be tuned, is no key of this config") from error
 
 
-def from_ledger(ledger: str, arm: str) -> dict[str, Any]:
-    """Key -> value that the ledger chose for an arm. ValueError if it has chosen none."""
+def from_ledger(ledger: str, arm: str, scale: str) -> dict[str, Any]:
+    """Key -> value that the ledger chose for an arm. ValueError if it has chosen none, or is of another scale."""
     try:
         with Path(ledger).expanduser().open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["arm"] == arm and row["chosen"] == "True"]
+            rows = list(csv.DictReader(file))
+            scales = {row["scale"] for row in rows} - {scale}
+            chosen = {
+                (row["lr"], row["knob"], row["value"]) for row in rows if row["arm"] == arm and row["chosen"] == "True"
+            }
     except (OSError, KeyError) as error:
         raise ValueError(f"tuned={ledger} is no ledger that can be read: {error!r}") from error
-    if len(rows) != 1:
+    if scales:
+        raise ValueError(f"tuned={ledger} is of scale={scales.pop()}, whose rates are not those of scale={scale}")
+    if len(chosen) != 1:
         raise ValueError(
             f"tuned={ledger} has chosen nothing for {arm}; python run.py -m sweeps=tune router={arm} tries"
         )
-    knob = {rows[0]["knob"]: float(rows[0]["value"])} if rows[0]["knob"] else {}
-    return {"train.lr": float(rows[0]["lr"])} | knob
+    ((lr, knob, value),) = chosen
+    return {"train.lr": float(lr)} | ({knob: float(value)} if knob else {})
 
 
 def described(settings: Settings) -> dict[str, Any]:
