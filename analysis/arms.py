@@ -1,7 +1,7 @@
 """What an arm's label says: its method, its place (64 of NAME_64), its name, look and reference."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ def method_of(name: str, known: Iterable[str]) -> str:
 
 def place_of(name: str, style: dict) -> str:
     return name.removeprefix(method_of(name, style["arms"])).removeprefix("_")
+
+
+def grouping(style: dict, asked: dict) -> Callable[[str], str]:
+    """arm -> what names those that must share data and budget."""
+    return (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
 
 
 def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:

@@ -8,14 +8,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis import behind, notes, tables
-from analysis.arms import declared, described, load, place_of
+from analysis.arms import declared, described, grouping, load
 from analysis.explain import explain
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
@@ -49,11 +49,6 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": shlex.join(words)}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
-
-
-def grouping(style: dict, asked: dict) -> Callable[[str], str]:
-    """arm -> what names those that must share data and budget."""
-    return (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
 
 
 def write_tables(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:

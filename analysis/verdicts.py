@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from analysis.arms import declared, load
+from analysis.arms import declared, grouping, load
 from analysis.behind import read
 from analysis.contrasts import Outcome, examine, figure, line
-from analysis.report import grouping
 from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
 
