@@ -50,8 +50,9 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-SHORT = [("switch", "sparse"), ("loss_free", "all_but_sparse"), ("hash_balanced", "all")]
-LONG = [(name, update) for name in ("dense", "stable_moe", "base") for update in ("all_but_sparse", "sparse")]
+SHORT = [("switch", "sparse"), ("loss_free", "all_but_sparse"), ("hash_balanced", "all"), ("dense", "sparse")]
+LONG = [("dense", "all_but_sparse")]
+LONG += [(name, update) for name in ("stable_moe", "base") for update in ("all_but_sparse", "sparse")]
 
 
 @pytest.mark.parametrize(("name", "update"), [*SHORT, *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)])

@@ -103,7 +103,9 @@ def require_same_model(settings: Settings, first: dict[str, Any], name: str) -> 
     """first: the settings of the run called name. ValueError that names the key in which the models differ; of a
     router's options coefficients, factors and rates (what has a fraction, or is null) may."""
     mine = asdict(settings)
-    both = [(key, *(without_unused(run).get(key) for run in (mine, first))) for key in OF_THE_MODEL]
+    # of a dense model the places of sparse layers say which FFNs are trained, and a start has trained all of them
+    used = [without_unused(run | {"train": run["train"] | {"update": "all"}}) for run in (mine, first)]
+    both = [(key, *(run.get(key) for run in used)) for key in OF_THE_MODEL]
     both += [("tokenizer._target_", mine["tokenizer"]["_target_"], first["tokenizer"]["_target_"])]
     both += [(f"data.{key}", mine["data"].get(key), first["data"].get(key)) for key in OF_THE_DATA]
     for key, here, there in both:
