@@ -55,6 +55,12 @@ class Batch(NamedTuple):
         tokens = _changed(self.tokens, change)
         return Batch(tokens, change(self.target), change(self.document), change(self.counted), source)
 
+    def to(self, device: torch.device) -> "Batch":
+        """On this device; a GPU copies it from pinned memory, so that the host need not wait."""
+        if device.type == "cuda":
+            return self.apply(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        return self.apply(lambda tensor: tensor.to(device))
+
     def routed(self, in_encoder: bool) -> Tokens:
         """The tokens that sparse layers of this side see."""
         if not in_encoder:

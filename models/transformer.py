@@ -4,6 +4,7 @@ B batch, S positions of the decoder, R of the source, D width, F hidden width, E
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,15 @@ from models.feedforward import FeedForward, SparseFeedForward
 from models.flops import window_flops
 from models.settings import ModelSettings
 from routers.routing import Plan, Router, Routing
+
+
+@torch.no_grad()
+def draw_normal(part: Tensor, deviation: float, draws: torch.Generator) -> None:
+    """Fills a matrix (N, M), or one that is cut into segments (segments, N, M): first values of the whole matrix."""
+    segments = part.unsqueeze(0) if part.dim() == 2 else part
+    whole = torch.empty(part.shape[-2], segments.shape[0] * part.shape[-1])
+    whole.normal_(0.0, deviation, generator=draws)
+    segments.copy_(whole.unflatten(1, (segments.shape[0], -1)).transpose(0, 1))
 
 
 class Output(NamedTuple):
@@ -111,6 +121,7 @@ class Transformer(nn.Module):
         encoded, layers = self.encoder is not None, self.settings.num_layers
         residual = 0.02 / ((3 if encoded else 2) * layers) ** 0.5
         of_encoder = 0.02 / (2 * max(self.settings.encoder_layers, 1)) ** 0.5
+        draws: list[tuple[Tensor, float, torch.Generator]] = []
         for name, parameter in self.named_parameters():
             module, own = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             if ".router." in name or parameter.dim() == 1 or own in getattr(module, "own_first_values", ()):
@@ -118,11 +129,10 @@ class Transformer(nn.Module):
             deviation = 0.02
             if name.endswith(("attention.out", "w_out")):
                 deviation = of_encoder if name.startswith("encoder.") else residual
-            for index, part in enumerate(parameter if parameter.dim() > 2 else [parameter]):
-                segments = part.unsqueeze(0) if part.dim() == 2 else part  # of an expert: cuts of its whole matrix
-                whole = torch.empty(part.shape[-2], segments.shape[0] * part.shape[-1])
-                whole.normal_(0.0, deviation, generator=generator(seed, name, index))
-                segments.copy_(whole.unflatten(1, (segments.shape[0], -1)).transpose(0, 1))
+            parts = enumerate(parameter if parameter.dim() > 2 else [parameter])
+            draws += [(part, deviation, generator(seed, name, index)) for index, part in parts]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # a core takes seconds for 100 million values
+            list(threads.map(draw_normal, *zip(*draws, strict=True)))
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -183,7 +193,7 @@ class Transformer(nn.Module):
     def infer(self, batch: Batch) -> Output:
         """A forward pass of a trained model on its own device, there in bf16 if it is a GPU."""
         device = self.embedding.device
-        batch = self.divide(batch.apply(lambda tensor: tensor.to(device)))
+        batch = self.divide(batch.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return self(batch.tokens, document=batch.document, source=batch.source)
 

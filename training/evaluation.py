@@ -18,6 +18,7 @@ from data.mixed_batches import MixedSplit
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, at_least_float32, count
 
+BATCHES = 64  # of an evaluation that the device holds before the host adds them up
 Losses = tuple[Tensor, dict[int, Routing], Tensor]
 Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (batch, plans) -> Losses
 
@@ -71,35 +72,42 @@ def evaluate(
     the token that the target follows; for each sparse layer load/<layer> (E,) and token_expert/<layer> (V, E), how
     often each token id went to each expert.
     """
-    device = model.embedding.device
-    deciles = frequency_deciles(counts).numpy()
+    device, width = model.embedding.device, model.num_experts
     sums = {"document": np.zeros((2, len(split.ends) + 1)), "decile": np.zeros((2, 10))}
     sums["input"] = np.zeros((2, len(counts)))
-    experts = {layer: torch.zeros(len(counts) * model.num_experts, dtype=torch.int64) for layer in model.routers}
+    deciles, measured = frequency_deciles(counts).numpy(), []
+    experts = {layer: torch.zeros(len(counts) * width, dtype=torch.int64, device=device) for layer in model.routers}
     with torch.no_grad(), evaluating(model, as_in_training):
         of = -(-(min(windows, len(split)) if windows else len(split)) // batch_size)
         for number, batch in enumerate(evaluation_batches(split, batch_size, windows)):
             watch(number / of)
-            moved, plans = model.prepare(batch.apply(lambda tensor: tensor.to(device)))
+            moved, plans = model.prepare(batch.to(device))
             ce, routings, _ = losses(moved, plans)
-            batch = moved.apply(Tensor.cpu)  # of an encoder-decoder, the decoder's part
-            counted = batch.counted.numpy()
-            values = ce.double().cpu().numpy()[counted]
-            places = {"document": batch.target_document.numpy(), "decile": deciles[batch.target.numpy()]}
-            for name, place in (places | {"input": batch.tokens.id.numpy()}).items():
-                weights = values, np.ones_like(values)
-                sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
+            measured.append((ce, moved.counted, moved.tokens.id, moved.target, moved.target_document))
             for layer, routing in routings.items():
                 token = moved.routed(model.in_encoder).id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
-                experts[layer] += count(token * model.num_experts + routing.expert, len(experts[layer]), served).cpu()
+                experts[layer] += count(token * width + routing.expert, len(experts[layer]), served)
+            if len(measured) == BATCHES or number == of - 1:  # the host waits for the device here alone
+                add(sums, deciles, measured)
+                measured = []
     result = {}
     for name, (ce_sum, tokens) in sums.items():
         result |= {f"{name}_ce_sum": torch.from_numpy(ce_sum), f"{name}_tokens": torch.from_numpy(tokens).long()}
     for layer, counted in experts.items():
-        result[f"token_expert/{layer}"] = counted.view(len(counts), model.num_experts)
+        result[f"token_expert/{layer}"] = counted.view(len(counts), width).cpu()
         result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)
     return result | {"ce_sum": result["document_ce_sum"].sum(), "tokens": result["document_tokens"].sum()}
+
+
+def add(sums: dict[str, np.ndarray], deciles: np.ndarray, measured: list[tuple[Tensor, ...]]) -> None:
+    """Adds what batches measured, each cross-entropy, counted, input, target and the target's document (B, S), to the
+    sums by document, decile and input (2, n): of nats, and of counted tokens."""
+    whole = (torch.cat(tensors).cpu().numpy() for tensors in zip(*measured, strict=True))
+    ce, counted, token, target, document = whole
+    weights = ce[counted].astype(np.float64), np.ones(counted.sum())
+    for name, place in {"document": document, "decile": deciles[target], "input": token}.items():
+        sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
 
 
 def mean_ce(sums: dict[str, Tensor]) -> float:

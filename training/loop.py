@@ -155,9 +155,7 @@ class Trainer:
         batch, size = self.batches.batch(step), self.settings.train.micro_batch or self.settings.train.batch_size
         firsts = range(0, len(batch.target), size)
         parts = [batch.apply(lambda tensor, first=first: tensor[first : first + size]) for first in firsts]
-        if self.device.type == "cuda":
-            parts = [part.apply(lambda t: t.pin_memory().to(self.device, non_blocking=True)) for part in parts]
-        return [self.model.prepare(part) for part in parts]
+        return [self.model.prepare(part.to(self.device)) for part in parts]
 
     def forward_backward(self, micros: list[Micro]) -> tuple[Tensor, dict[int, Routing], Tensor]:
         """Gradients of the step's mean loss. Returns its cross-entropy () and routings over the whole batch, and which
