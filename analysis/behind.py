@@ -11,12 +11,13 @@ from safetensors import safe_open
 
 from analysis import ledger
 from analysis.arms import described, references, timed_against
-from analysis.runs import Study
+from analysis.runs import Study, declared_same
 from analysis.variation import noise_floor, over_documents
 
 TEXTS = (
     "tuning",
     "listed",
+    "same_code",
     "sweep",
     "scale",
     "sweep_command",
@@ -52,6 +53,8 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
     repeated = results / study.scale / REPEATS / "runs.csv"
+    if whys := several_commits(study.counted):
+        runs["same_code"] = "\n".join(whys)
     runs["noise_floor"] = floor_of(study.counted) if study.name == REPEATS else committed_floor(repeated)
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
@@ -72,6 +75,16 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     for place, key in enumerate(("documents_low", "documents_high")):
         runs[key] = [intervals.get(arm, (np.nan, np.nan))[place] for arm in runs["arm"]]
     return runs
+
+
+def several_commits(counted: pd.DataFrame) -> list[str]:
+    """A line for each declaration by which runs of several commits are counted together."""
+    lines = []
+    for each in declared_same():
+        found = [commit for commit in each["commits"] if commit in set(counted["code"])]
+        if len(found) > 1:
+            lines.append(f"runs of commits {' and '.join(found)} count as of one code: {each['why']}")
+    return lines
 
 
 def write(runs: pd.DataFrame, path: Path) -> None:

@@ -176,7 +176,9 @@ def bad_runs(runs: pd.DataFrame) -> list[str]:
     counted = len(runs) - len(left_out)
     lines = [f"{counted} of {len(runs)} runs are counted" + ("; in no mean:" if left_out else "")]
     lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
-    lines += wrap(runs["listed"].iloc[0], WIDTH, subsequent_indent="  ") if "listed" in runs else []
+    for column in ("listed", "same_code"):
+        for line in runs[column].iloc[0].split("\n") if column in runs else []:
+            lines += wrap(line, WIDTH, subsequent_indent="  ")
     command = runs["sweep_command"].iloc[0]
     again = [run for run in left_out if run["outcome"] in WITHOUT_RESULT]
     if again:

@@ -21,6 +21,9 @@ UNLISTED = (
     "sweeps/{}.json is not there: the runs are those whose config names this sweep; cells that were first trained"
     " for another sweep are missing"
 )
+# Commits whose runs count as of one code, by declaration, for studies of many days: [{commits: [...], why: ...}]
+SAME_CODE = Path(__file__).resolve().parents[1] / "results" / "same_code.yaml"
+SHORT = 10  # digits of a commit that Study.runs has
 ENDED = ("finished", "diverged")  # the outcomes of runs that have a result
 
 
@@ -148,17 +151,31 @@ def identity(name: str) -> dict[str, Any]:
     return {"id": name, "arm": match[1], "seed": int(match[2]), "outcome": "", "why": "", "flaws": ""}
 
 
+def declared_same() -> list[dict[str, Any]]:
+    """What SAME_CODE says, its commits as Study.runs has them. ValueError if it is not a list of commits and why."""
+    said = yaml.safe_load(SAME_CODE.read_text()) if SAME_CODE.exists() else []
+    if not all(isinstance(each, dict) and each.get("commits") and each.get("why") for each in said or []):
+        raise ValueError(f"{SAME_CODE} must be a list of {{commits: [...], why: ...}}")
+    return [{"commits": [str(commit)[:SHORT] for commit in each["commits"]], "why": each["why"]} for each in said or []]
+
+
 def _set_apart(rows: list[dict[str, Any]], group: Callable[[str], str]) -> None:
     """Who differs from most finished runs gets an outcome that says so."""
+    same = {commit: each["commits"][0] for each in declared_same() for commit in each["commits"]}
+
+    def shared(row: dict[str, Any], key: str) -> Any:
+        value = row.get(key)
+        return same.get(value, value) if key == "code" else value
+
     for key, outcome in COMPARABLE.items():
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["outcome"] == "finished":
                 groups.setdefault("" if key == "code" else group(row["arm"]), []).append(row)
         for finished in groups.values():
-            kept = Counter(row.get(key) for row in finished).most_common(1)[0][0]  # of equally many, the first in order
+            kept = Counter(shared(row, key) for row in finished).most_common(1)[0][0]  # of equally many, the first
             for row in finished:
-                if row.get(key) != kept:
+                if shared(row, key) != kept:
                     row.update(outcome=outcome, why=f"{str(row.get(key))[:23]}, not {str(kept)[:23]}")
 
 
@@ -181,7 +198,7 @@ def _outcome(folder: Path, metrics: Metrics) -> dict[str, Any]:
 
 def judged(result: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """result.json's figures, code and device. A loss that is not finite is diverged, whatever the run says."""
-    code = "+".join(part for part in (origin["git"]["commit"][:10], origin["git"]["dirty"]) if part)
+    code = "+".join(part for part in (origin["git"]["commit"][:SHORT], origin["git"]["dirty"]) if part)
     if result["outcome"] != "finished" or not np.isfinite([result["test/ce"], result["val/ce"]]).all():
         result = result | {"outcome": "diverged", "why": f"at step {result['step']}"}
     budget = result.get("token_budget", result["tokens"])  # without early stopping they are the same

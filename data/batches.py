@@ -56,8 +56,8 @@ class Batch(NamedTuple):
         return Batch(tokens, change(self.target), change(self.document), change(self.counted), source)
 
     def to(self, device: torch.device) -> "Batch":
-        """On this device; a GPU copies it from pinned memory, so that the host need not wait."""
-        if device.type == "cuda":
+        """On this device; a GPU takes it from pinned memory, so that the host need not wait."""
+        if device.type == "cuda" and self.target.device.type == "cpu":
             return self.apply(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.apply(lambda tensor: tensor.to(device))
 

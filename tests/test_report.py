@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from analysis.arms import load
 from analysis.figures import over_seeds
 from analysis.metrics import read_metrics
-from analysis.report import main, report
+from analysis.report import main, report, write_tables
 from analysis.runs import read_study
 from analysis.tables import human
 
@@ -174,6 +175,24 @@ def test_made_again_every_file_is_the_same_bytes(whole, tmp_path):
     assert len(one) == 6
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
+
+
+def test_commits_count_as_one_only_where_it_is_declared_with_the_reason(tmp_path, monkeypatch):
+    runs, commits = tmp_path / "runs", ("a" * 40, "b" * 40)
+    arms = {"dense": commits[0], "switch": commits[0], "base": commits[1]}
+    folders = [write_run(runs, arm, seed, 5.3 + 0.1 * seed, commit=c) for arm, c in arms.items() for seed in range(2)]
+    write_sweep(runs, [*folders, write_run(runs, "base", 3, 5.3, commit=commits[1], dirty="c0ffee")])
+    said = tmp_path / "same_code.yaml"
+    monkeypatch.setattr("analysis.runs.SAME_CODE", said)
+    assert "4 of 7 runs are counted" in report("quickstart", runs, tmp_path / "results")
+    said.write_text(f"- {{commits: [{commits[1]}, {commits[0][:12]}], why: a comment alone was changed}}")
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert "6 of 7 runs are counted" in printed  # code that was changed since a commit is none of its
+    assert f"runs of commits {'b' * 10} and {'a' * 10} count as of one code: a comment alone was changed\n" in printed
+    assert printed.startswith(write_tables(tmp_path / "results/smoke/quickstart", load("style"))[0])
+    said.write_text("- {commits: [a]}")
+    with pytest.raises(ValueError, match="must be a list of"):
+        report("quickstart", runs, tmp_path / "results")
 
 
 def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
