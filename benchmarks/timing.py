@@ -159,22 +159,26 @@ def installed(library: str) -> str | None:
 
 
 def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
-    """Lines of y over x, one for each label; x is logarithmic. level: a dotted line."""
+    """Lines of y over x, one for each label; x is logarithmic, y where it spans a decade. level: a dotted line."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(row[label] for row in rows if y in row):
+    axes, values = figure.subplots(), [row[y] for row in rows if y in row]
+    for place, name in enumerate(dict.fromkeys(row[label] for row in rows if y in row)):
         points = sorted((row[x], row[y]) for row in rows if row[label] == name and y in row)
-        axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, label=name)
+        style = "--" if place >= 10 else "-"  # there are ten colours
+        axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, linestyle=style, label=name)
     if level is not None:
         axes.axhline(level, color="0.35", linewidth=0.7, linestyle=":")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set(xlabel=AXES.get(x, x), ylabel=AXES.get(y, y))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     axes.xaxis.set_major_locator(FixedLocator(sorted({row[x] for row in rows})))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25, linewidth=0.5)
     figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=150, metadata={"Software": None})
