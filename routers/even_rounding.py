@@ -79,7 +79,7 @@ def moved_along_a_tree(rows: Tensor, jitter: Tensor, expert: Tensor, target: Ten
     least, to = (loss - cheapest.gather(1, every)).masked_fill(~wanted, torch.inf).min(-1)
     edge = torch.where(wanted.any(-1), at[..., 0] * experts + to, experts * experts)
     quota = torch.cat([flow.flatten(1), flow.new_zeros(len(flow), 1)], 1).gather(1, edge)
-    return torch.where(rank_within(edge, least) < quota, to, expert)
+    return torch.where(rank_within(edge, experts * experts + 1, least) < quota, to, expert)
 
 
 def spanning_tree(cost: Tensor) -> Tensor:
@@ -123,14 +123,15 @@ def rest_placed(rows: Tensor, expert: Tensor, target: Tensor) -> Tensor:
     best = rows.masked_fill((room == 0)[:, None], -FAR).amax(-1)
     loss = rows.gather(2, expert.clamp(max=experts - 1)[..., None])[..., 0] - best
     allowed = torch.cat([over, over.new_zeros(len(over), 1)], 1).gather(1, expert)
-    leaves = rank_within(expert, loss) < allowed
+    leaves = rank_within(expert, experts + 1, loss) < allowed
     number = leaves.cumsum(1) - 1
     place = torch.searchsorted(room.cumsum(1), number, right=True).clamp(max=experts - 1)
     return torch.where(leaves, place, expert)
 
 
-def rank_within(key: Tensor, value: Tensor) -> Tensor:
-    """(G, N) the place of each row, by value, among those of its key; ties in order."""
+def rank_within(key: Tensor, keys: int, value: Tensor) -> Tensor:
+    """(G, N) the place of each row, by value, among those of its key, one of 0 to keys - 1; ties in order."""
+    key = key.to(torch.int16 if keys <= 1 << 15 else torch.int32)  # a GPU sorts fewer bits in fewer passes
     order = value.argsort(dim=1, stable=True)
     order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
     ordered = key.gather(1, order)

@@ -155,7 +155,7 @@ def test_the_rest_is_placed_whatever_came_before():
     expert[0, 35:] = 4  # padding
     target = torch.tensor([[9, 9, 9, 8]])
     assert torch.equal(loads(rest_placed(rows, expert, target), 4), target)
-    assert rank_within(torch.tensor([[1, 0, 1, 1]]), torch.tensor([[2.0, 5.0, 1.0, 2.0]])).tolist() == [[1, 0, 0, 2]]
+    assert rank_within(torch.tensor([[1, 0, 1, 1]]), 2, torch.tensor([[2.0, 5.0, 1.0, 2.0]])).tolist() == [[1, 0, 0, 2]]
 
 
 def test_auto_is_exact_for_small_groups_and_fast_for_large_ones_and_says_so():
