@@ -69,7 +69,8 @@ class Lookup(Router):
             return torch.zeros(self.feature.size, k, dtype=torch.int64)
         place = self.site.layer if self.per_layer else "every layer"
         draws = generator(self.site.draws, "router", place, "table", column)
-        counts = self.feature.counts()
+        uncounted = self.name in tables.UNCOUNTED  # counting reads the whole training text
+        counts = torch.ones(self.feature.size, dtype=torch.int64) if uncounted else self.feature.counts()
         table = TABLES[self.name](tables.Keys(counts, self.site, draws, k, self.file))
         tables.check_table(table, self.site.num_experts)
         if self.name == "balanced" and not self.feature.uses_prediction:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from routers.routing import Site, count
 
+UNCOUNTED = ("random", "modulo", "distilled", "file")  # tables that ask how many keys there are, not how frequent
 TEACHER_TOKENS = 1 << 20  # of the training split, from which a learned router's table is read
 
 
 class Keys(NamedTuple):
     """What a table is drawn from."""
 
-    counts: Tensor  # (K,) int64, how often each key stands in the training split
+    counts: Tensor  # (K,) int64, how often each key stands in the training split; all 1 for UNCOUNTED tables
     site: Site
     generator: torch.Generator
     k: int = 1  # different experts of one key

@@ -83,6 +83,17 @@ def test_split_parts_heavy_tokens_by_the_token_before_and_no_others():
     assert "heavy" in feature.state_dict()
 
 
+def test_a_table_that_asks_for_no_frequency_does_not_read_the_training_text():
+    def text():
+        read.append(1)
+        return [some_batch()]
+
+    for name, times in (("random", 0), ("modulo", 0), ("balanced", 1)):
+        read: list[int] = []
+        make_hash("bigram", name, training_text=text)
+        assert len(read) == times
+
+
 def test_keys_are_counted_over_the_real_tokens_of_the_training_text():
     batch = some_batch(padding=5)
     for name in ("previous", "next_token", "bigram", "bigram_mod", "split"):
