@@ -20,7 +20,6 @@ from routers.fast_assignment import replayed_assignment
 def main(words: list[str] | None = None) -> None:
     args = options(words)
     device = device_of(args.device)
-    torch._dynamo.config.recompile_limit = 64  # every shape is compiled anew
     rows = []
     for tokens in args.tokens:
         for experts in args.experts:

@@ -55,8 +55,8 @@ class Problem:
         """Expert 0 on all rows: the floor, with parameters of its own."""
         return self.floor.dense(x)
 
-    def ours(self, x: Tensor, plan: Plan | None) -> Tensor:
-        return dispatch(x, self.routing, plan, self.experts, self.path)
+    def ours(self, x: Tensor, plan: Plan | None, path: str | None = None) -> Tensor:
+        return dispatch(x, self.routing, plan, self.experts, path or self.path)
 
     def grouped(self, x: Tensor) -> Tensor:
         """As anybody would write it: sort in the step, F.grouped_mm, back by the inverse order."""

@@ -70,7 +70,7 @@ def one_size(sizes: dict[str, int], args: Namespace, device: torch.device) -> li
                 raise
             absent[name] = f"not run: {type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
     if device.type == "cuda":  # without launches, which dominate small sizes
-        for name in (DENSE, OURS):
+        for name in (name for name in (DENSE, OURS, "grouped_mm, plan ahead") if name in steps):
             steps[f"{name}, CUDA graph"] = recorded(steps[name])
     steps["making the plan"] = lambda: make_plan(problem.routing.expert, sizes["E"])
     inner = 1 if device.type == "cpu" else max(1, min(20, int(0.02 / measured(steps[DENSE], device, 5) * 5)))
@@ -111,11 +111,15 @@ def ways(problem: Problem, args: Namespace) -> dict[str, Callable[[], Way]]:
     def in_step(x: Tensor) -> Tensor:
         return problem.ours(x, None)
 
+    def by_grouped_mm(x: Tensor) -> Tensor:
+        return problem.ours(x, problem.plan, "grouped_mm")
+
     found = {
         DENSE: lambda: Way(compiled(problem.dense), list(problem.floor.parameters())),
         OURS: lambda: Way(compiled(ahead), parameters),
         "ours, plan ahead, eager": lambda: Way(ahead, parameters),
         "ours, plan in the step": lambda: Way(compiled(in_step), parameters),
+        "grouped_mm, plan ahead": lambda: Way(compiled(by_grouped_mm), parameters),
         "grouped_mm, sorted in the step": lambda: Way(problem.grouped, parameters),
         "loop over experts": lambda: Way(problem.loop, parameters),
         "transformers, grouped_mm": lambda: transformers_experts(problem),

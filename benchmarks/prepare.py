@@ -30,7 +30,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def options(words: list[str] | None) -> Namespace:
-    made = parser(__doc__)
+    made = parser(__doc__, rounds=False)
     made.add_argument("--files", help="text files, a glob")
     made.add_argument("--megabytes", type=float, default=20)
     made.add_argument("--dictionaries", type=names, default=("bpe", "words", "bytes"))

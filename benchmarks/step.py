@@ -1,7 +1,8 @@
 """A whole training step of the real model and loop, side by side: python -m benchmarks.step [--scale small] [OVERRIDES]
 
-tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step, and how much longer
-it takes than one whose batch and plan lie ready. Blocks of --block steps of each arm in turn. Overrides are run.py's;
+tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step, how much longer it
+takes than one whose batch and plan lie ready, and of a solver the last step's gap. Blocks of --block steps of each arm,
+in turn. Overrides are run.py's;
 --curve layers or length changes the number of sparse layers or the sequence length (at equal tokens a step) and draws
 tokens/s over the first arm's.
 """
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.timing import Row, command, device_of, in_milliseconds, names, numbers, parser, report_curve
+from benchmarks.timing import Row, command, device_of, in_milliseconds, in_turn, names, numbers, parser, report_curve
 from data.mixed_batches import training_batches
 from training.compose import composed
 from training.job import open_run
@@ -44,6 +45,7 @@ class Arm:
         self.flops, self.settings, self.device = session.model.train_flops_per_token(), settings, session.device
         self.tokens = settings.train.batch_size * settings.data.sequence_length
         self.ahead = ThreadPoolExecutor(1)
+        self.gaps: list[torch.Tensor] = []
         self.upcoming: Future[list[Micro]] = self.ahead.submit(self.trainer.micro_batches, 0)
 
     def step(self, again: bool = False) -> None:
@@ -53,6 +55,7 @@ class Arm:
         if not again:
             self.upcoming = self.ahead.submit(trainer.micro_batches, trainer.progress.step + 1)
         ce, routings, _ = trainer.forward_backward(micros)
+        self.gaps = [r.report["assignment_gap"] for r in routings.values() if "assignment_gap" in r.report]
         step(trainer.optimizer, learning_rate(trainer.progress.step, options), ce, options.grad_clip)
         trainer.progress.step += 1
         trainer.after_step(routings)
@@ -143,10 +146,9 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
         breaks[name] = sum(counters["graph_break"].values()) - before
     syncs, seconds = {name: arm.syncs() for name, arm in arms.items()}, {name: [] for name in arms}
     again = {name: [] for name in arms}
-    for _ in range(args.rounds):
-        for name, arm in arms.items():
-            seconds[name].append(arm.seconds(args.block))
-            again[name].append(arm.seconds(args.block, again=True))
+    for name in in_turn(arms, args.rounds):
+        seconds[name].append(arms[name].seconds(args.block))
+        again[name].append(arms[name].seconds(args.block, again=True))
     rows, first = [], None
     for name, arm in arms.items():
         row = {"arm": name} | in_milliseconds(seconds[name])
@@ -155,7 +157,8 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
         share = rate * arm.flops / PEAK if arm.device.type == "cuda" else None
         row |= {"tokens/s": rate, "over the first": rate / first, "share of 790 TFLOP/s": share, "syncs": syncs[name]}
         row["ms for batch and plan"] = row["ms"] - in_milliseconds(again[name])["ms"]
-        rows.append(row | {"graph breaks": breaks[name] if arm.settings.train.compile else None})
+        row |= {"graph breaks": breaks[name] if arm.settings.train.compile else None}
+        rows.append(row | {"gap": max(map(float, arm.gaps), default=None)})
         arm.ahead.shutdown()
     return rows
 

@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def options(words: list[str] | None) -> Namespace:
-    made = parser(__doc__)
+    made = parser(__doc__, rounds=False)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
     made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
     made.add_argument("--seeds", type=int, default=3)

@@ -4,10 +4,11 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ AXES |= {"length": "sequence length in tokens, at equal tokens a step", "over th
 Row = dict[str, Any]
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark takes."""
+def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentParser:
+    """What every benchmark takes. rounds: it measures each of its candidates several times."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
-    made.add_argument("--rounds", type=int, default=20, help="times that each is measured, in turn with the others")
+    if rounds:
+        made.add_argument("--rounds", type=int, default=20, help="times that each is measured, in turn with the others")
     made.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="where JSON and plots go")
     return made
 
@@ -65,7 +67,7 @@ def device_of(wanted: str) -> torch.device:
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3, inner: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of one call, `rounds` times each, the candidates in turn; every measure is the mean of `inner` calls.
+    """Seconds of one call, `rounds` times each, in_turn; every measure is the mean of `inner` calls.
 
     On a GPU between events on its stream, else by the clock. The warm-up also compiles and tunes.
     """
@@ -73,10 +75,17 @@ def interleaved(
         for _ in range(warm_up):
             run()
     seconds = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            seconds[name].append(measured(run, device, inner) / inner)
+    for name in in_turn(candidates, rounds):
+        seconds[name].append(measured(candidates[name], device, inner) / inner)
     return seconds
+
+
+def in_turn(candidates: Iterable[str], rounds: int) -> Iterator[str]:
+    """Each of them so many times, every round in another order: none always follows the same one."""
+    order, draws = list(candidates), random.Random(0)
+    for _ in range(rounds):
+        draws.shuffle(order)
+        yield from order
 
 
 def measured(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
@@ -124,7 +133,7 @@ def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.d
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
     }
     origin = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]],
         "options": options,
         "commit": GIT["commit"],
         "dirty": GIT["dirty"],

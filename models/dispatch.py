@@ -19,8 +19,8 @@ PATHS = ("auto", "fused", "grouped_mm", "loop")
 
 
 def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which path runs; auto takes the fastest that can. fused: in bf16 on a Hopper GPU or newer, with Triton;
-    grouped_mm: there, and in float32 on a CPU; loop: everywhere.
+    """Which path runs; auto takes the first that can, in the order of PATHS. fused: in bf16 on a Hopper GPU or newer,
+    with Triton; grouped_mm: there, and in float32 on a CPU; loop: everywhere.
 
     dtype: what the experts compute in. Raises ValueError for a path that does not exist there, or silently is slow.
     """

@@ -1,4 +1,4 @@
-"""Grouped products with the activation folded in, and their gradients: the fastest path on a Hopper GPU.
+"""Grouped products with the activation folded in, and their gradients: the path of a Hopper GPU.
 
 A rows in order of their group, G groups, K and N the sides of a group's matrix, D width, F hidden width. The operators
 are opaque to the compiler: Triton kernels on a GPU, and on a CPU the same in plain torch, which the tests hold against

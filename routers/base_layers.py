@@ -18,7 +18,8 @@ class BalancedAssignment(Router):
 
     In the place of an FFN it reads that one's normed input, a deviation from the paper; as published, on the raw
     residual stream, with model.placement=insert and experts=stack. report: assignment_gap, the certified distance to
-    the optimum. Raises FloatingPointError if a score in training is not finite.
+    the optimum. Where a score in training is not finite, the exact solver raises FloatingPointError, and the fast one's
+    gap is not a number.
     """
 
     trains_differently = True

@@ -7,6 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+SHAPES = 256  # that a function is compiled for; the compiler's own limit of 8 is passed in silence, and slow
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -20,7 +21,9 @@ def fused_on_gpu(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @wraps(function)
     def chosen(*args: Given.args, **options: Given.kwargs) -> Result:
-        on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
-        return (compiled() if on_gpu else function)(*args, **options)
+        if not (isinstance(args[0], Tensor) and args[0].is_cuda):
+            return function(*args, **options)
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            return compiled()(*args, **options)
 
     return chosen

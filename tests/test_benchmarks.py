@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import assignment, layer, prepare, step, sweep
+from benchmarks import agree, assignment, layer, prepare, step, sweep
 from benchmarks.ffns import Problem, Way, error_of, reference
 from benchmarks.timing import interleaved, saved_bytes
 from tests.conftest import ROOT
@@ -46,7 +46,10 @@ def test_candidates_are_measured_in_turn():
     seconds = interleaved(
         {"a": lambda: called.append("a"), "b": lambda: called.append("b")}, CPU, 3, warm_up=1, inner=2
     )
-    assert called == ["a", "b", *["a", "a", "b", "b"] * 3]
+    assert called[:2] == ["a", "b"]
+    rounds = [called[n : n + 4] for n in range(2, len(called), 4)]
+    assert len(rounds) == 3 and all(r[0] == r[1] != r[2] == r[3] for r in rounds)
+    assert rounds[0] != rounds[1] or rounds[1] != rounds[2]  # not always in one order
     assert [len(each) for each in seconds.values()] == [3, 3]
 
 
@@ -70,6 +73,16 @@ def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
     rows = written(tmp_path, "assignment")
     assert [(row["T"], row["solver"]) for row in rows] == [(n, s) for n in (200, 400) for s in ("fast", "exact")]
     assert all(0 <= row["gap"] < 0.05 for row in rows)
+
+
+@pytest.mark.long
+def test_paths_that_train_the_same_model_say_so(tiny, tmp_path):
+    words = ["--device=cpu", "--scale=smoke", "--arms=switch", "--steps=10", f"--out={tmp_path}", *tiny[:-1]]
+    agree.main(words)
+    rows = {(row["run"], row["and"]): row for row in written(tmp_path, "agree")}
+    assert rows["auto", "auto again"]["same bits"] and rows["auto", "auto again"]["largest"] == 0
+    assert 0 < rows["auto", "loop"]["largest"] < 1e-3 and not rows["auto", "loop"]["same bits"]
+    assert rows["switch, deterministic", "switch, deterministic, again"]["same bits"]
 
 
 @pytest.mark.long

@@ -189,11 +189,12 @@ def compute_deterministically() -> None:
 
 
 def make_losses(settings: Settings, model: Transformer, device: torch.device) -> Compute:
-    """evaluation.token_losses in the run's precision, compiled if the run asks for it."""
+    """evaluation.token_losses in the run's precision, compiled if the run asks for it and no loop over experts, which
+    waits for the device, is in it."""
     # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     compute = token_losses
-    if settings.train.compile:
+    if settings.train.compile and not (model.routers and model.path == "loop"):
         from torch._functorch import config
 
         # what our autograd functions do is in the graph: the next process may take it from the cache

@@ -78,7 +78,7 @@ def step(
 
 
 def _in_one_pass(parameter: Tensor) -> bool:
-    """Whether our kernel updates it: experts' matrices on a GPU, where memory's speed decides."""
+    """Whether our kernel updates it: 16M weights or more on a GPU, as experts have, where memory's speed decides."""
     large = parameter.is_cuda and parameter.grad is not None and parameter.numel() >= 1 << 24
     return large and find_spec("triton") is not None
 
