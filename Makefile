@@ -16,7 +16,7 @@ routers: .venv/installed  # every method once
 	@$(BIN)/python -m analysis.report routers
 
 finetune: .venv/installed  # DIALOGUES=PATH, a folder of dialogues; see sweeps/finetune.yaml
-	@$(BIN)/python run.py -m sweeps=finetune data.folder=$(DIALOGUES)
+	@$(BIN)/python run.py -m sweeps=finetune experiment=finetune/pretrain,finetune/own data.folder=$(DIALOGUES)
 	@$(BIN)/python -m analysis.report finetune
 
 test: .venv/installed

@@ -195,7 +195,7 @@ def test_fine_tuning_on_dialogues_lowers_the_perplexity_of_responses(name, dialo
     assert run(compose_config(*tiny, f"router={name}")) == FINISHED
     first = folder_of(*tiny, f"router={name}")
     own = [word for word in tiny if not word.startswith(("data=", "data.corpus", "train.steps"))]
-    words = [*own, "experiment=finetune/tune", f"router={name}", f"data.folder={dialogues}", "train.lr=1e-2"]
+    words = [*own, "experiment=finetune/own", f"router={name}", f"data.folder={dialogues}", "train.lr=1e-2"]
     words += ["data.sequence_length=32", "record.evaluate_every=20"]
     assert run(compose_config(*words)) == FINISHED
     folder = folder_of(*words)
@@ -224,7 +224,6 @@ def test_a_sweep_makes_the_run_that_a_later_job_starts_from(tiny, tmp_path):
         *tiny,
         "router=hash_balanced,dense",
         "train.steps=2",
-        "data.folder=unused",
         "seed=1",
     ]
     done = run_py(*words, "train.epochs=null", cwd=tmp_path)

@@ -26,7 +26,6 @@ SWEEPS |= {"position": 7, "load_balance": 7, "dictionary": 12, "base_comparison"
 SWEEPS |= {"learned_and_controls": 11, "gate_by_routing": 5, "load_by_content": 7, "horizon": 12, "first_k_hash": 5}
 SWEEPS |= {"table_draws": 8, "noise_floor": 3, "tune": 248}
 LAYERS = {"smoke": 3, "small": 8, "medium": 11, "paper": 11}
-NEEDS = {"finetune": ["data.folder=dialogues"]}  # what a sweep wants on the command line
 DEPENDS_ON_THE_SCALE = ("main", "position", "dictionary", "first_k_hash")
 
 
@@ -35,7 +34,7 @@ def unprepared(settings):
 
 
 def plan_of(sweep: str, *words: str, data=unprepared) -> Plan:
-    compose, jobs = jobs_of([f"sweeps={sweep}", *NEEDS.get(sweep, []), *words])
+    compose, jobs = jobs_of([f"sweeps={sweep}", *words])
     plan = Plan(compose, data)
     for each in jobs:
         plan.check(each)
