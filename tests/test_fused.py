@@ -1,5 +1,7 @@
 """The fused path: on a CPU, where its operators are plain torch, and its kernels where they run."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ def close(seen: Tensor, right: Tensor) -> bool:
     return bool((seen.float() - right.float()).abs().max() <= (2e-2 if seen.is_cuda else 1e-5) * right.abs().max())
 
 
+def near(seen: Tensor, right: Tensor) -> bool:
+    """Within 2e-2 by norm in bf16, 1e-5 in float32."""
+    return bool((seen.float() - right.float()).norm() <= (2e-2 if seen.is_cuda else 1e-5) * right.float().norm())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("k", "n"), [(64, 96), (136, 520)])
 def test_the_operators_are_products_of_each_groups_rows(device, k, n):
@@ -45,6 +52,7 @@ def test_the_operators_are_products_of_each_groups_rows(device, k, n):
     assert close(seen, outer) and seen.dtype == torch.float32 and not seen[1].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "experts",
     [
@@ -55,21 +63,24 @@ def test_the_operators_are_products_of_each_groups_rows(device, k, n):
     ],
     ids=["relu", "swiglu with biases", "segments", "stack"],
 )
-def test_fused_and_loop_agree_with_all_gradients(experts):
+def test_fused_and_loop_agree_with_all_gradients(experts, device):
+    """On a GPU in bf16 too, by the norm of each gradient."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    experts = deepcopy(experts).to(device, dtype)
     for index, parameter in enumerate(experts.parameters()):
-        parameter.data = draws(*parameter.shape, seed=index) / 4
+        parameter.data = draws(*parameter.shape, seed=index, device=device) / 4
     fan_out = max(experts.segments, 2)
     choice = torch.randint(4, (1, 40, fan_out), generator=torch.Generator().manual_seed(3))
     choice[choice == 2] = 1  # an expert without a token
-    weight = draws(1, 40, fan_out, seed=4).abs()
+    choice, weight = choice.to(device), draws(1, 40, fan_out, seed=4).abs().to(device)
     seen = {}
     for path in ("fused", "loop"):
-        leaves = draws(40, 16, seed=5).requires_grad_(), weight.clone().requires_grad_()
+        leaves = draws(40, 16, seed=5, device=device).requires_grad_(), weight.clone().requires_grad_()
         experts.zero_grad()
         y = dispatch(leaves[0], some_each(choice, leaves[1]), None, experts, path)
-        (y * draws(*y.shape, seed=6)).sum().backward()
+        (y * draws(*y.shape, seed=6, device=device)).sum().backward()
         seen[path] = [y, *(leaf.grad for leaf in leaves), *(p.grad for p in experts.parameters())]
-    assert all(close(fused, looped) for fused, looped in zip(seen["fused"], seen["loop"], strict=True))
+    assert all(near(fused, looped) for fused, looped in zip(seen["fused"], seen["loop"], strict=True))
     assert all(not p.grad[2].any() for p in experts.parameters() if p.dim() == 3)
 
 
