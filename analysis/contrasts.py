@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Hashable
+from functools import cache
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -10,11 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import studentized_range
 
-from analysis.additive_model import AdditiveModel, fit
-from analysis.statistics import Estimate, slope_weights
-from analysis.variation import noise_floor
+from analysis.additive_model import CHANCE, AdditiveModel, by_seed, nested, noisy_arms
+from analysis.arms import declared, described, load
+from analysis.statistics import Estimate, mean_of, slope_weights
+from analysis.summary import model_of
+from analysis.variation import floor_of_means, noise_floor
 
-CE = "test/ce"
+CE, FIGURE = "test/ce", "figure"
+TIMES = "times"  # the unit of a logarithm of a ratio
 
 
 class Outcome(NamedTuple):
@@ -29,8 +33,10 @@ class Outcome(NamedTuple):
     p_against: float = np.nan  # one-sided: small if its opposite does
     runs: tuple[str, ...] = ()  # by id
     left_out: tuple[str, ...] = ()  # those of the same arms that have not finished, and what became of them
+    scatter: str = ""  # which runs' scatter the interval is by
     floor: float = np.nan  # of noise, in the estimate's unit; NaN if nothing is known of it
     below_floor: bool = False  # the figure is nearer than that to the bound that it was to pass
+    blind: bool = False  # equality is expected within a margin below the floor: no figure can bear it out
     diverged: bool = False  # what is lacking has diverged
     told: str = ""
     read: str = ""  # where the runs stood, if they say
@@ -41,10 +47,11 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     """runs: those of the part's sweep: id, arm, seed, the metric and, unless all have finished, outcome; with `scale`,
     places that are declared by scale are known. margin in nats. repeats: runs of one configuration and seed.
 
-    By the additive model arm + seed over the arms that the contrast names. ValueError for an unknown expectation.
+    By the table's additive model over all finished arms of the sweep (_fitted). ValueError for an unknown expectation.
     """
     if runs.empty:
         return Outcome(line(part), f"{part['sweep']} was not run", unrun=part["sweep"])
+    part = _at_scale(part, runs)
     places, weights = _places(part, runs), part.get("weights", {})
     named = part.get("range") or list(dict.fromkeys(_at(name, x) for name in weights for x in places)) or list(weights)
     planned = runs.loc[runs["arm"].isin(named)]
@@ -53,29 +60,102 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
         standing = ", ".join(_standing(arm, planned) for arm in lacking)
         lacks = f"{part['sweep']} has no finished run of {standing}"
         return Outcome(line(part), lacks, diverged=" diverged" in standing)
-    figures = _figures(part, own)
-    if unknown := list(own["id"][~np.isfinite(figures)]):
+    if unlike := _unlike(part, own):
+        return Outcome(line(part), f"{part['sweep']} was not measured in one way: {unlike}")
+    whole = _finished(runs).assign(**{FIGURE: _figures(part, _finished(runs))})
+    if unknown := list(own["id"][~np.isfinite(whole.loc[own.index, FIGURE])]):
         return Outcome(line(part), f"{part['sweep']} has no figure of {part.get('metric', CE)} in {', '.join(unknown)}")
     try:
-        model = fit(own["arm"], own["seed"], figures)
+        model, noisy = _fitted(part, whole.loc[np.isfinite(whole[FIGURE])], named)
     except ValueError as error:
         return Outcome(line(part), f"{part['sweep']}: {error}")
-    behind: Any = {"runs": tuple(own["id"]), "left_out": _left_out(planned)}
-    behind["read"] = str(runs["read"].iloc[0]) if "read" in runs else ""
+    behind: dict[str, Any] = {"runs": tuple(own["id"]), "left_out": _left_out(planned)}
+    behind |= {
+        "scatter": _scatter(part, model, noisy, named),
+        "read": str(runs["read"].iloc[0]) if "read" in runs else "",
+    }
     apart = Outcome(line(part), f"{part['sweep']} has no seeds that {', '.join(named)} share")
     if part["expect"] == "told":
-        told = _crossing(part, model, places)
+        told = _crossing(part, model, noisy, places)
         return Outcome(line(part), "", told=told, **behind) if told else apart
-    estimate = _range(model, named) if "range" in part else model.contrast(_weights(part, places))
+    contrast = _range(model, named) if "range" in part else _weights(part, places)
+    estimate = _apart(model, contrast) if "alike" in part else _contrast(model, noisy, contrast)
     if np.isnan(estimate.value):
         return apart
-    span = float(np.ptp(_axis(part, places))) if places else 1.0
-    floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats)) / span
+    floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats))
+    n = [min(estimate.n, list(own["arm"]).count(arm)) for arm in contrast]
+    floor = floor_of_means(floor, [*contrast.values()], n)
     told = Outcome(line(part), "", estimate, _unit(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
         p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
         return _above_floor(told, (float(p_for), estimate.p_within(margin)), (estimate.value, margin - estimate.value))
-    return _above_floor(told, *_sides(part["expect"], estimate, margin))
+    told = told._replace(blind=part["expect"] == "within" and bool(margin < floor))
+    shifted = estimate._replace(value=estimate.value + part.get("by", 0.0))
+    return _above_floor(told, *_sides(part["expect"], shifted, margin))
+
+
+def _fitted(part: dict[str, Any], whole: pd.DataFrame, named: list[str]) -> tuple[AdditiveModel, set[Hashable]]:
+    """The table's model, arm + seed over all its arms, and those of `named` that scatter unlike the others.
+
+    A contrast within one of the table's groups takes a seed as another one in each of them, as the table does. One
+    that crosses groups needs it to be the same, and is fitted on its own arms if a seed then is seen not to be (F-test
+    of seed by group at CHANCE). So is a range one of whose arms scatters unlike the others, and what is measured alike.
+    """
+    style, asked = _declared(part["sweep"])
+    arms = described(whole["arm"], style)
+    own = whole.loc[whole["arm"].isin(named)]
+    if "alike" in part:
+        return model_of(own, arms, asked | {"groups": False}, FIGURE), set()
+    linked = asked.get("groups") and len({arms[arm].place for arm in named}) > 1
+    model = model_of(whole, arms, asked | {"groups": asked.get("groups") and not linked}, FIGURE)
+    if linked and nested(model, model_of(whole, arms, asked, FIGURE)) < CHANCE:
+        model = model_of(own, arms, asked | {"groups": False}, FIGURE)
+    noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance} & set(named)
+    return (model_of(own, arms, asked, FIGURE), set()) if noisy and "range" in part else (model, noisy)
+
+
+@cache
+def _declared(sweep: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The looks of all arms, and what the sweep's table asks."""
+    return load("style"), declared(sweep)
+
+
+def _contrast(model: AdditiveModel, noisy: set[Hashable], weights: dict[Hashable, float]) -> Estimate:
+    """By the pooled residual; of an arm that scatters unlike the others by the contrast's own seeds alone."""
+    return model.contrast(weights) if noisy.isdisjoint(weights) else by_seed(model, weights)
+
+
+def _apart(model: AdditiveModel, weights: dict[Hashable, float]) -> Estimate:
+    """Of runs that a seed does not pair, each arm with a variance of its own, on the degrees of freedom of the arm that
+    has fewest: seeds of one arm run next to each other and share what else the machine did."""
+    each = {arm: mean_of(pd.Series(model.losses[model.arm == model.arms.index(arm)])) for arm in weights}
+    value = sum(weights[arm] * each[arm].value for arm in weights)
+    error = sum((weights[arm] * each[arm].error) ** 2 for arm in weights) ** 0.5
+    n = min(estimate.n for estimate in each.values())
+    return Estimate(n, value, error, n - 1)
+
+
+def _scatter(part: dict[str, Any], model: AdditiveModel, noisy: set[Hashable], named: list[str]) -> str:
+    """Which runs' scatter the interval is by, in words."""
+    if "alike" in part:
+        return "by the scatter of each arm's own runs"
+    if noisy:
+        return f"by its own runs alone, for {', '.join(sorted(map(str, noisy)))} scatters unlike the other arms"
+    own = set(model.arms) == set(named)
+    return f"by the residual of {'its own' if own else 'all'} {len(model.arms)} arms on {model.dof} degrees of freedom"
+
+
+def _unlike(part: dict[str, Any], runs: pd.DataFrame) -> str:
+    """Of the columns that must have one value over these runs those that do not; "" if there are none."""
+    values = {key: list(dict.fromkeys(runs[key].astype(str))) if key in runs else [] for key in part.get("alike", [])}
+    return "; ".join(f"{key} is {' and '.join(each) or 'unknown'}" for key, each in values.items() if len(each) != 1)
+
+
+def _at_scale(part: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
+    """With `at`, the {x} of arms' names is a number that the scale decides."""
+    if "at" not in part or "scale" not in runs or (x := part["at"].get(runs["scale"].iloc[0])) is None:
+        return part
+    return part | {"weights": {_at(name, x): weight for name, weight in part["weights"].items()}}
 
 
 def _finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -105,10 +185,10 @@ def _standing(arm: str, runs: pd.DataFrame) -> str:
     return arm + (f" ({', '.join(f'{n} {outcome}' for outcome, n in outcomes.items())})" if outcomes else "")
 
 
-def _range(model: AdditiveModel, arms: list[str]) -> Estimate:
-    """The worst less the best; NaN if a difference cannot be told."""
-    each = [model.contrast({worst: 1.0, best: -1.0}) for worst, best in permutations(arms, 2)]
-    return max(each, key=lambda estimate: np.nan_to_num(estimate.value, nan=np.inf))
+def _range(model: AdditiveModel, arms: list[str]) -> dict[Hashable, float]:
+    """The worst less the best, as weights; two whose difference cannot be told, if there are such."""
+    each: list[dict[Hashable, float]] = [{worst: 1.0, best: -1.0} for worst, best in permutations(arms, 2)]
+    return max(each, key=lambda weights: np.nan_to_num(model.contrast(weights).value, nan=np.inf))
 
 
 def _places(part: dict[str, Any], runs: pd.DataFrame) -> list[float]:
@@ -143,9 +223,9 @@ def _weights(part: dict[str, Any], places: list[float]) -> dict[Hashable, float]
     return {_at(name, place): w * s for name, w in given.items() for place, s in zip(places, slope)}
 
 
-def _crossing(part: dict[str, Any], model: AdditiveModel, places: list[float]) -> str:
+def _crossing(part: dict[str, Any], model: AdditiveModel, noisy: set[Hashable], places: list[float]) -> str:
     """The figure at each x, and the first x at which it is 0, by straight lines on the axis; "" if one is not known."""
-    each = [model.contrast({_at(name, x): w for name, w in part["weights"].items()}) for x in places]
+    each = [_contrast(model, noisy, {_at(name, x): w for name, w in part["weights"].items()}) for x in places]
     values, axis = [float(estimate.value) for estimate in each], _axis(part, places)
     if np.isnan(values).any():
         return ""
@@ -159,10 +239,11 @@ def _crossing(part: dict[str, Any], model: AdditiveModel, places: list[float]) -
     return "; ".join([*told, f"0 at x = {part['along']['log'] ** at if 'log' in part['along'] else at:.3g}"])
 
 
-def figure(estimate: Estimate) -> str:
-    """The value and, if there is one, its 95 % interval."""
-    low, high = estimate.interval()
-    return f"{estimate.value:+.4f}" + ("" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
+def figure(estimate: Estimate, unit: str = "") -> str:
+    """The value and, if there is one, its 95 % interval; of a logarithm that of the ratio."""
+    ends = [estimate.value, *estimate.interval()]
+    value, low, high = [f"{np.exp(end):.3f}" if unit == TIMES else f"{end:+.4f}" for end in ends]
+    return value + ("" if np.isnan(ends[1]) else f" [{low}, {high}]")
 
 
 def _sides(expect: str, estimate: Estimate, margin: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -189,7 +270,7 @@ def _above_floor(told: Outcome, p: tuple[float, float], past: tuple[float, float
 
 def _unit(part: dict[str, Any]) -> str:
     if part.get("ratio"):
-        return "of the logarithm"
+        return TIMES
     along = part.get("along")
     return "nats" if along is None else "nats a doubling" if along.get("log") == 2 else "nats a step"
 
@@ -208,6 +289,7 @@ def line(part: dict[str, Any]) -> str:
     prefix = next((text for key, text in slope.items() if key in part), "") if part["expect"] != "told" else "where "
     on = (" on log2 x" if part["along"].get("log") else " on x") if "along" in part else ""
     metric = f" in {part['metric']}" if "metric" in part else ""
-    expect = {"below": "< 0", "above": "> 0", "within": "= 0 within the margin", "not_above": "<= the margin"}
+    bound = f"-{part['by']:g}" if "by" in part else "0"
+    expect = {"below": f"< {bound}", "above": "> 0", "within": "= 0 within the margin", "not_above": "<= the margin"}
     expect |= {"told": "is 0; decides nothing"}
     return f"{part['sweep']}: {prefix}{what}{on}{metric} {expect[part['expect']]}"

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.additive_model import ALONE as VARIANCES
 from analysis.arms import described
 from analysis.behind import SETTING
-from analysis.summary import LEAKS, model_of
+from analysis.summary import LEAKS, further_pairs, model_of
 from analysis.tables import ALONE, EQUIVALENT, FLOOR, UNKNOWN, UNSEPARATED, human, leaky, reference_of, unknown_share
 from analysis.variation import split_variance
 
@@ -93,6 +93,7 @@ def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]
     if floor == floor:
         mark = f"{FLOOR} below the " if frame["below_floor"].to_numpy().any() else ""
         lines.append(f"{mark}noise floor: one run repeated with one seed differs by up to {floor:.4f} nats")
+        lines.append("  in 95 % of such pairs, and a difference of means over n runs each by that over the root of n")
     else:
         lines.append("noise floor: unknown; run sweeps=noise_floor at this scale and report on it")
     if leaky(frame).to_numpy().any():
@@ -120,7 +121,7 @@ def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: d
         )
         lines.append("  bootstrap of test documents for these trained models, which says nothing of other seeds")
         lines.append("seeds to separate: with a power of 80 %, if the difference and the scatter are those seen here")
-    return lines + draws(counted, arms)
+    return lines + further_pairs(model, arms, asked) + draws(counted, arms)
 
 
 def draws(counted: pd.DataFrame, arms: dict[str, Any]) -> list[str]:

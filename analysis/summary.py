@@ -9,6 +9,7 @@ from analysis.additive_model import AdditiveModel, Comparison, compare, fit, noi
 from analysis.arms import described, references, timed_against
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
+from analysis.variation import floor_of_means
 
 TEXT_FIGURES = ("bits_per_byte", "word_perplexity", "unknown_share", "priced_share")
 LEAKS = "‡"  # ends the label of an arm that sees the future in evaluation
@@ -58,16 +59,44 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
         row["variance_ratio"], row["noisy"] = noisy.get(name, (np.nan, False))
         rows.append(row)
     frame = beside_references(pd.DataFrame(rows))
-    frame["below_floor"] = frame["difference_mean"].abs() < runs["noise_floor"].iloc[0]
+    n: dict[str, int] = dict(zip(frame["arm"], frame["n"]))
+    floors = [
+        floor_of_means(runs["noise_floor"].iloc[0], [1, -1], [n[arm], n[reference]])
+        if n[arm] and n.get(reference)
+        else np.nan
+        for arm, reference in zip(frame["arm"], frame["reference_arm"])
+    ]
+    frame["below_floor"] = frame["difference_mean"].abs() < floors
     return frame
 
 
-def model_of(counted: pd.DataFrame, arms: dict[str, Any], asked: dict[str, Any]) -> AdditiveModel:
+def model_of(
+    counted: pd.DataFrame, arms: dict[str, Any], asked: dict[str, Any], column: str = "test/ce"
+) -> AdditiveModel:
     """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them."""
     seeds = counted["seed"].astype(str)
     if asked.get("groups"):
         seeds = seeds + " of " + pd.Series([arms[arm].place for arm in counted["arm"]], index=counted.index)
-    return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted["test/ce"].to_numpy())
+    return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted[column].to_numpy())
+
+
+def further_pairs(model: AdditiveModel, arms: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Lines on declared.yaml's pairs, the first less the second: as the table compares arms with its reference, but
+    with intervals that hold for these pairs together, and by the paired t-test; [] if there are none."""
+    pairs = {arm: other for arm, other in asked.get("pairs", []) if {arm, other} <= set(model.arms)}
+    found = compare(model, {**pairs})
+    lines = ["further pairs, in nats: intervals that hold for all of them at once; and the paired t alone"] * bool(
+        found
+    )
+    for arm, other in pairs.items():
+        if arm in found:
+            each, alone = found[arm], paired(model, arm, other)
+            row = f"  {arms[arm].label} less {arms[other].label}: {each.estimate.value:+.3f}"
+            row += "" if np.isnan(each.low) else f" [{each.low:+.3f}, {each.high:+.3f}] p {each.p:.2g}"
+            row += " (tested alone)" if each.alone else ""
+            low, high = alone.interval()
+            lines.append(row + ("" if np.isnan(low) else f"; [{low:+.3f}, {high:+.3f}] p {alone.p:.2g}, n = {alone.n}"))
+    return lines
 
 
 def losses(runs: Any) -> dict[str, float]:

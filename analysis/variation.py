@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import fdtrc, stdtrit
 
 
@@ -39,10 +40,19 @@ def split_variance(block: pd.DataFrame) -> Split:
 def noise_floor(repeats: pd.Series) -> float:
     """How far two more runs of one configuration and seed may lie apart, in 95 %; NaN below two repeats.
 
-    sqrt(2) * deviation * t: an exact prediction interval for the difference of two normal values. No claim goes below.
+    sqrt(2) * deviation * t: an exact prediction interval for the difference of two normal values. No claim goes below
+    what floor_of_means makes of it.
     """
     n = len(repeats)
     return float(2**0.5 * repeats.std(ddof=1) * stdtrit(n - 1, 0.975)) if n > 1 else np.nan
+
+
+def floor_of_means(floor: float, weights: ArrayLike, n: ArrayLike) -> float:
+    """The noise floor of sum_i weights_i * mean_i, mean_i being over n_i runs; floor is that of two single runs.
+
+    The same quantile, of the deviation sqrt(sum_i weights_i^2 / n_i) instead of sqrt(2).
+    """
+    return floor * float((np.square(np.asarray(weights, float)) / np.asarray(n, float)).sum() / 2) ** 0.5
 
 
 def over_documents(

@@ -3,8 +3,8 @@
 Claims and their contrasts are declared in claims.yaml. A claim's p is twice the smaller of two: that of its parts taken
 together (the largest, for all must hold) and that of the strongest speaking against it (times the number of parts).
 Holm's correction is over all claims, also those that no runs are there for. What is past its bound by less than the
-noise floor, the spread of the sweep noise_floor in the same metric (of a slope: from its first to its last place),
-counts neither for nor against.
+noise floor, the spread of the sweep noise_floor in the same metric, of as many runs as the figure is made of, counts
+neither for nor against; where the floor is above the margin, that two arms are equal cannot be told.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis.arms import declared, grouping, load
-from analysis.behind import read
-from analysis.contrasts import Outcome, examine, figure, line
+from analysis.behind import origin, read
+from analysis.contrasts import TIMES, Outcome, examine, figure, line
 from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
 
@@ -31,7 +31,7 @@ COLUMNS = ["id", "arm", "seed", "outcome"]
 class Verdict(NamedTuple):
     claim: str
     says: str
-    verdict: str  # supported, contradicted, not separated or not run; of the last two, what for in brackets
+    verdict: str  # supported, contradicted, not separated, cannot be told or not run; of these, what for in brackets
     p: float  # after Holm's correction
     parts: list[Outcome]
 
@@ -72,8 +72,10 @@ def _examined(part: dict[str, Any], runs: Callable[[str], pd.DataFrame], margin:
 
 
 def _sides(outcomes: list[Outcome]) -> tuple[float, float]:
-    """p for the claim and p against it; NaN where a part has none."""
-    support, against = ([getattr(each, side) for each in outcomes] for side in ("p_for", "p_against"))
+    """p for the claim and p against it; NaN where a part has none. What no figure could bear out has no p for it, but
+    speaks against the claim as all do."""
+    support = [1.0 if each.blind else each.p_for for each in outcomes]
+    against = [each.p_against for each in outcomes]
     return float(np.max(support)), min(1.0, len(outcomes) * float(np.min(against)))
 
 
@@ -81,18 +83,22 @@ def _verdict(outcomes: list[Outcome], sides: tuple[float, float], p: float, leve
     if any(each.lacks for each in outcomes):
         return "not run" + (" (diverged)" if any(each.diverged for each in outcomes) else "")
     if not p < level:
+        if any(each.blind for each in outcomes):
+            return "cannot be told (noise floor)"
         return "not separated" + (" (below noise floor)" if any(each.below_floor for each in outcomes) else "")
     return "supported" if sides[0] < sides[1] else "contradicted"
 
 
 def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
-    """A row a run of a sweep at this scale, with its outcome, the scale and where it was read: by the record among the
-    run folders, or else results/<scale>/<sweep>/runs.csv. Empty if there is neither, ValueError if it is damaged.
+    """A row a run of a sweep at this scale, with its outcome, origin, the scale and where it was read: by the record
+    among the run folders, or else results/<scale>/<sweep>/runs.csv. Empty if there is neither, ValueError if it is
+    damaged.
     """
     record, committed = runs / "sweeps" / f"{sweep}.json", results / scale / sweep / "runs.csv"
     if record.exists() and (known := read_record(sweep, runs)).scale == scale:
         found, _ = read_runs(known, runs, group=grouping(load("style"), declared(sweep)))
-        return found.assign(scale=scale, read=str(record))
+        origins = pd.DataFrame([origin(runs / run) for run in found["id"]], index=found.index)
+        return pd.concat([found, origins], axis="columns").assign(scale=scale, read=str(record))
     if committed.exists():
         return read(committed).assign(read=str(committed))
     return pd.DataFrame(columns=COLUMNS)
@@ -117,9 +123,11 @@ def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
 def _part(part: Outcome) -> list[str]:
     said = part.lacks or part.told
     if part.estimate is not None:
-        floor = "unknown" if np.isnan(part.floor) else f"{part.floor:.4f}"
-        said = f"{figure(part.estimate)} {part.unit}, n = {part.estimate.n}; "
-        said += f"p for {_number(part.p_for)}, against {_number(part.p_against)}; noise floor {floor}"
+        floor = "unknown" if np.isnan(part.floor) else f"{part.floor:.4f}" + " of the logarithm" * (part.unit == TIMES)
+        told = "cannot be told, the noise floor is above the margin" if part.blind else _number(part.p_for)
+        said = f"{figure(part.estimate, part.unit)} {part.unit}, n = {part.estimate.n}; "
+        said += f"p for {told}, against {_number(part.p_against)}; noise floor {floor}"
+    said += f"; {part.scatter}" if part.scatter else ""
     read = f"{part.read}: " if part.read else ""
     runs = _wrapped(read + " ".join(part.runs)) if part.runs else []
     left_out = _wrapped("not counted: " + ", ".join(part.left_out)) if part.left_out else []

@@ -7,7 +7,16 @@ import pytest
 from scipy.special import stdtrit
 from scipy.stats import dunnett, multivariate_t
 
-from analysis.additive_model import against_one, compare, fit, paired, residual_deviations, variance_tests
+from analysis.additive_model import (
+    against_one,
+    by_seed,
+    compare,
+    fit,
+    nested,
+    paired,
+    residual_deviations,
+    variance_tests,
+)
 from analysis.dunnett import covers, critical_value, p_values, power, seeds_to_separate
 
 TABLES = 20_000
@@ -88,10 +97,15 @@ def test_a_paired_t_interval_covers_and_the_percentile_bootstrap_would_not(seeds
     assert ((low <= 1) & (high >= 1)).mean() < 0.90
 
 
-def separated_by_the_rule(arm, seed, losses):
-    """(tables,) each: whether any arm separates from arm 0, and whether any is tested alone; all tables at once."""
-    ratios, p = variance_tests(fit(arm, seed, losses))
+def separated_by_the_rule(arm, seed, losses, of_pooled=False):
+    """(tables,) each: whether any arm separates from arm 0, and whether any is tested alone; all tables at once.
+    of_pooled: alone is an arm of three times the variance that all arms have together, its own included."""
+    model = fit(arm, seed, losses)
+    ratios, p = variance_tests(model)
     noisy = (ratios >= 3) & (p < 0.05)
+    if of_pooled:
+        squares = np.stack([(model.residuals[..., arm == each] ** 2).sum(-1) for each in range(arm.max() + 1)], -1)
+        noisy = squares / (model.dof / (arm.max() + 1)) >= 3 * model.variance[..., None]
     low, high = intervals(arm, seed, losses)
     by_pairs = []
     for other in range(1, arm.max() + 1):
@@ -116,6 +130,37 @@ def test_as_many_tables_of_no_effect_separate_as_the_docstring_says(seeds, noise
         assert (any(each.separated for each in found), any(each.alone for each in found)) == expected
     assert separated.mean() == pytest.approx(falsely, abs=0.008)
     assert alone.mean() == pytest.approx(0.25, abs=0.01) if noise == EQUAL else alone.mean() > 0.35
+
+
+@pytest.mark.parametrize(("seeds", "noise"), [(3, NOISY), (5, NOISY), (3, REFERENCE), (5, REFERENCE), (5, TWICE)])
+def test_three_times_the_pooled_variance_would_let_more_tables_separate_falsely(seeds, noise):
+    """The rule that was set aside: an arm's own noise in what it is held against hides it."""
+    arm, seed, losses = some_tables(5, seeds, noise=noise)
+    separated, _ = separated_by_the_rule(arm, seed, losses)
+    pooled, _ = separated_by_the_rule(arm, seed, losses, of_pooled=True)
+    assert pooled.mean() > separated.mean() + 0.015
+    arm, seed, losses = some_tables(4, seeds, noise=noise[:4] if noise[0] > 1 else noise[1:])
+    assert not separated_by_the_rule(arm, seed, losses, of_pooled=True)[1].any()  # of four no arm is ever three times
+
+
+def test_a_contrast_by_seed_is_the_t_test_of_its_value_at_each_seed_that_all_its_arms_have():
+    values = {"a": [1.0, 2.0, 4.0], "b": [0.5, 1.0, 2.5], "c": [2.0, 2.0]}
+    cells = [(arm, seed, loss) for arm, own in values.items() for seed, loss in enumerate(own)]
+    model = fit(*map(list, zip(*cells)))
+    found = by_seed(model, {"a": 1.0, "b": 1.0, "c": -2.0})  # -2.5 and -1
+    assert (found.n, found.dof) == (2, 1)
+    assert (found.value, found.error) == (pytest.approx(-1.75), pytest.approx(0.75))
+    assert by_seed(model, {"a": 1.0, "b": -1.0}) == pytest.approx(paired(model, "a", "b"))
+
+
+def test_a_seed_that_is_another_one_in_each_group_is_seen_in_five_tables_of_a_hundred_without_such():
+    arm, seed, losses = some_tables(6, 3, tables=2000)
+    apart = seed + 10 * (arm > 2)
+    p = np.array([nested(fit(arm, seed, table), fit(arm, apart, table)) for table in losses])
+    assert (p < 0.05).mean() == pytest.approx(0.05, abs=0.015)
+    shifted = losses[0] + 50 * (seed == 1) * (arm > 2)
+    assert nested(fit(arm, seed, shifted), fit(arm, apart, shifted)) < 0.001
+    assert np.isnan(nested(fit(arm, seed, losses[0]), fit(arm, seed, losses[0])))
 
 
 def test_the_variance_of_an_arm_is_tested_as_f_against_the_others():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import f
 
-from analysis.variation import noise_floor, over_documents, split_variance
+from analysis.variation import floor_of_means, noise_floor, over_documents, split_variance
 
 
 def test_a_block_of_hand_arithmetic_splits():
@@ -44,6 +44,12 @@ def test_the_noise_floor_is_exceeded_by_five_pairs_of_repeats_in_a_hundred():
     draws = np.random.default_rng(0).normal(size=(4000, 5))
     beyond = [abs(row[3] - row[4]) > noise_floor(pd.Series(row[:3])) for row in draws]
     assert np.mean(beyond) == pytest.approx(0.05, abs=0.012)
+    # of four means over 5 runs, weighed as a slope is: the same share of them
+    weights = np.array([-0.3, -0.1, 0.1, 0.3])
+    means = np.random.default_rng(1).standard_normal((4000, 4, 5)).mean(-1) @ weights
+    floors = [floor_of_means(noise_floor(pd.Series(row[:3])), weights, [5] * 4) for row in draws]
+    assert np.mean(abs(means[: len(floors)]) > floors) == pytest.approx(0.05, abs=0.015)
+    assert floor_of_means(1.0, [1, -1], [1, 1]) == pytest.approx(1) and floor_of_means(1.0, [1, -1], [4, 4]) == 0.5
     assert noise_floor(pd.Series([1.0, 1.0, 1.0])) == 0 and np.isnan(noise_floor(pd.Series([1.0])))
 
 

@@ -2,19 +2,26 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, compose_config, tiny_words
+from scipy.special import stdtr
 
+from analysis.arms import declared, load
 from analysis.behind import write
 from analysis.contrasts import examine
+from analysis.report import report
 from analysis.runs import read_study
+from analysis.statistics import paired_difference
+from analysis.summary import summary
 from analysis.verdicts import Verdict, judge, main, printed, read_claims, runs_of
 from training.job import FINISHED, run
 
@@ -59,6 +66,7 @@ def plant(
     (runs / "sweeps" / f"{sweep}.json").write_text(json.dumps(record))
 
 
+PLACES = ("1x64", "1x128", "5x16")
 COEFFICIENTS = [f"switch_coef_{x}" for x in ("0", "0.001", "0.01", "0.1", "1")]
 METHODS = {"hash_balanced": 0, "hash_random": 0.003, "hash_clustered": 0.03, "hash_dispersed": 0.003}
 METHODS |= {"hash_previous": 0.05, "hash_bigram": 0.04, "hash_position": 0.09, "hash_predicted": 0.08}
@@ -69,7 +77,7 @@ def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
     """Verdicts on effects as the paper has them, times size, the margins of equivalence aside."""
     at = (16, 32, 64, 128)
     sweeps = {
-        "main": {"hash_balanced_1x64": -0.02, "switch_1x64": 0},
+        "main": {f"hash_balanced_{x}": -0.02 for x in PLACES} | {f"switch_{x}": 0 for x in PLACES},
         "hash_methods": METHODS,
         "modules": {f"hash_balanced_{x}": -0.02 * math.log2(x / 16) for x in at} | {f"switch_{x}": 0.0 for x in at},
         "multi_hash": {"hash_balanced_1_hash": 0} | {f"hash_multi_{n}_hashes": -0.01 for n in (2, 4, 8)},
@@ -107,8 +115,14 @@ def test_planted_effects_are_supported_and_planted_the_other_way_contradicted(tr
 def test_of_planted_nulls_nothing_is_separated_but_that_equal_is_no_worse(trained, tmp_path):
     verdicts = planted(trained, tmp_path, 0)
     assert verdicts.pop("C1") == "supported"
+    assert verdicts.pop("C4") == "contradicted"  # an oracle that is like all is not far below them
     assert verdicts.pop("C11") == "contradicted"  # all five coefficients are within the margin of each other
     assert set(verdicts.values()) == {"not separated"}
+
+
+def examined(*given: Any) -> Any:
+    """examine's Outcome. Any, as one that cannot be told has no estimate."""
+    return examine(*given)
 
 
 def frame(losses: dict[str, list[float]]) -> pd.DataFrame:
@@ -116,18 +130,85 @@ def frame(losses: dict[str, list[float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "arm", "seed", "test/ce"])
 
 
-def test_a_difference_is_the_paired_t_test_of_its_two_arms():
+def test_a_difference_of_a_sweep_of_two_arms_is_the_paired_t_test():
     part = {"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}
-    found = examine(part, frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.13, 5.22], "c": [1, 9, 5]}), 0.008)
+    found = examined(part, frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.13, 5.22]}), 0.008)
     # differences -0.01, -0.03, -0.02: t = -0.02 / (0.01 / sqrt 3) = -3.4641, one-sided on 2 degrees 0.0371
     assert found.estimate.value == pytest.approx(-0.02) and found.estimate.n == 3
     assert found.p_for == pytest.approx(0.0371, abs=1e-4) and found.p_against == pytest.approx(1 - 0.0371, abs=1e-4)
     assert found.runs == ("a-s0-0", "a-s1-0", "a-s2-0", "b-s0-0", "b-s1-0", "b-s2-0")
 
 
-def tail(t: float) -> float:
-    """P(T > t) of Student's t on 2 degrees of freedom, in closed form."""
-    return (1 - t / (t**2 + 2) ** 0.5) / 2
+def test_the_scatter_of_a_contrast_is_that_of_all_arms_as_in_the_table(trained, tmp_path):
+    """On ever more arms, of which it names two: by hand, and as the table has it."""
+    part = {"sweep": "modules", "weights": {"hash_balanced_16": 1, "switch_16": -1}, "expect": "below"}
+    plant(
+        trained, tmp_path, "modules", {f"{arm}_{x}": 0.0 for x in (16, 32, 64) for arm in ("switch", "hash_balanced")}
+    )
+    runs = runs_of("modules", "smoke", tmp_path, tmp_path)
+    found = examined(part, runs, 0.008)
+    assert found.estimate.dof == 5 * (SEEDS - 1) and found.estimate.n == SEEDS
+    assert found.scatter == "by the residual of all 6 arms on 15 degrees of freedom" and len(found.runs) == 2 * SEEDS
+    losses = runs.pivot(index="seed", columns="arm", values="test/ce").to_numpy()
+    residuals = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    assert found.estimate.error == pytest.approx(((residuals**2).sum() / 15 * 2 / SEEDS) ** 0.5)
+    lost = runs.assign(outcome=["failed" if arm == "switch_64" else "finished" for arm in runs["arm"]])
+    assert examined(part, lost, 0.008).estimate.dof == 4 * (SEEDS - 1)  # what has not finished is in no residual
+
+
+def test_an_arm_that_scatters_unlike_the_others_is_tested_by_its_own_runs_alone(trained, tmp_path):
+    arms = {f"{arm}_{x}": 0.0 for x in (16, 32, 64) for arm in ("switch", "hash_balanced")}
+    plant(trained, tmp_path, "modules", arms)
+    runs = runs_of("modules", "smoke", tmp_path, tmp_path)
+    wild = runs["arm"] == "switch_64"
+    runs.loc[wild, "test/ce"] += 0.05 * np.array([1, -1, 2, -2])
+    part = {"sweep": "modules", "weights": {"hash_balanced_64": 1, "switch_64": -1}, "expect": "below"}
+    found = examined(part, runs, 0.008)
+    own: Any = runs.pivot(index="seed", columns="arm", values="test/ce")
+    expected = paired_difference(own["hash_balanced_64"], own["switch_64"])
+    assert found.estimate == pytest.approx(expected)
+    assert found.scatter == "by its own runs alone, for switch_64 scatters unlike the other arms"
+    other = examined(part | {"weights": {"hash_balanced_16": 1, "switch_16": -1}}, runs, 0.008)
+    assert other.estimate.dof == 15  # its noise stays in the pooled variance, as in the table
+    slope = part | {"weights": {"hash_balanced_{x}": 1, "switch_{x}": -1}, "along": {"log": 2}}
+    lead = own[["hash_balanced_16", "hash_balanced_64"]].to_numpy() - own[["switch_16", "switch_64"]].to_numpy()
+    expected = paired_difference(pd.Series(lead[:, 1] / 2), pd.Series(lead[:, 0] / 2))
+    assert examined(slope, runs, 0.008).estimate == pytest.approx(expected)
+    extent = {"sweep": "modules", "range": ["switch_16", "switch_32", "switch_64"], "expect": "above"}
+    assert examined(extent, runs, 0.008).estimate.dof == 2 * (SEEDS - 1)  # of the three alone
+
+
+def test_a_contrast_takes_one_seed_of_several_groups_as_one_only_if_it_crosses_them():
+    """Of horizon: a seed's effect is one in all groups, or another one in each."""
+    draws, arms = np.random.default_rng(2), ("dense", "hash_balanced", "switch", "loss_free")
+    within = {"sweep": "horizon", "weights": {"hash_balanced_1x": 1, "dense_1x": -1}, "expect": "below"}
+    across = within | {"weights": {"hash_balanced_1x": 1, "dense_2x": -1}}
+    for apart, dofs in ((0.0, (18, 22)), (0.1, (18, 2))):
+        effects = {x: SEED_EFFECTS + apart * draws.standard_normal(3) for x in (1, 2, 4)}
+        losses = {f"{arm}_{x}x": effects[x] + 0.001 * draws.standard_normal(3) for arm in arms for x in effects}
+        runs = frame({arm: own.tolist() for arm, own in losses.items()})
+        assert tuple(examined(part, runs, 0.008).estimate.dof for part in (within, across)) == dofs
+        assert examined(within, runs, 0.008).estimate.n == 3
+
+
+@pytest.mark.parametrize(("noise", "seed_by_group"), [(1.0, 0.0), (4.0, 0.0), (1.0, 1.0), (1.0, 4.0)])
+def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group):
+    """Across groups, whatever a seed does in each, and though an arm of it has four times the others' deviation."""
+    draws = np.random.default_rng(5)
+    part = {"sweep": "horizon", "weights": {"hash_balanced_1x": 1, "dense_2x": -1}, "expect": "below"}
+    arms, covered = [f"{arm}_{x}x" for x in (1, 2, 4) for arm in ("dense", "hash_balanced", "switch")], []
+    for _ in range(250):
+        group = np.repeat(seed_by_group * draws.standard_normal((3, 3)), 3, axis=0)
+        losses = draws.standard_normal(3) + group + draws.standard_normal((9, 3))
+        losses[3] += (noise**2 - 1) ** 0.5 * draws.standard_normal(3)  # dense_2x
+        low, high = examined(part, frame(dict(zip(arms, losses.tolist()))), 0.008).estimate.interval()
+        covered.append(low < 0 < high)
+    assert np.mean(covered) > 0.9
+
+
+def tail(t: float, dof: int = 2) -> float:
+    """P(T > t) of Student's t; on 2 degrees of freedom (1 - t / sqrt(t^2 + 2)) / 2."""
+    return float(stdtr(dof, -t))
 
 
 def steps_of(middle: float, step: float) -> np.ndarray:
@@ -151,21 +232,24 @@ def verdict_of(claim: str, sweeps: dict[str, dict[str, np.ndarray]]) -> Verdict:
 @pytest.mark.parametrize(
     ("main", "base", "verdict", "p"),
     [
-        # 0.004 and 0.006 below the margin at an error of 0.001 / sqrt 3: t of sqrt 48 and sqrt 108, the larger p, twice
-        (0.004, 0.002, "supported", 2 * tail(48**0.5)),
-        # 0.004 above the margin in one part of two: twice for the parts, and twice for the sides
-        (0.012, 0.002, "contradicted", 2 * 2 * tail(48**0.5)),
-        # neither: 0.001 above the margin is t = sqrt 3
-        (0.009, 0.002, "not separated", 2 * 2 * tail(3**0.5)),
+        # 0.004 and 0.006 below the margin: t of sqrt 80 on 10 degrees and sqrt 108 on 2, the larger p, twice
+        (0.004, 0.002, "supported", 2 * tail(108**0.5)),
+        # 0.004 above the margin in three parts of four: four times for the parts, and twice for the sides
+        (0.012, 0.002, "contradicted", 2 * 4 * tail(80**0.5, 10)),
+        # neither: 0.001 above the margin is t = sqrt 5
+        (0.009, 0.002, "not separated", 2 * 4 * tail(5**0.5, 10)),
     ],
 )
 def test_p_of_c1_by_hand(main, base, verdict, p):
-    sweeps = {"main": {"hash_balanced_1x64": steps_of(main, 0.001), "switch_1x64": np.zeros(3)}}
+    """Residuals of half a step in all six arms of main: a variance of 6 (0.5 0.001)^2 2 / 10, of two means over 3 seeds
+    2 / 3 of that, 0.001^2 / 5; of the two arms of base_comparison 0.001^2 / 3."""
+    sweeps = {"main": {f"hash_balanced_{x}": steps_of(main, 0.001) for x in PLACES}}
+    sweeps["main"] |= {f"switch_{x}": np.zeros(3) for x in PLACES}
     sweeps["base_comparison"] = {"hash_balanced": steps_of(base, 0.001), "base": np.zeros(3)}
     found = verdict_of("C1", sweeps)
     assert found.verdict == verdict and found.p == pytest.approx(p, rel=1e-6)
-    assert found.parts[0].p_for == pytest.approx(tail((0.008 - main) / 0.001 * 3**0.5), rel=1e-6)
-    assert found.parts[0].p_against == pytest.approx(tail((main - 0.008) / 0.001 * 3**0.5), rel=1e-6)
+    assert found.parts[0].p_for == pytest.approx(tail((0.008 - main) / 0.001 * 5**0.5, 10), rel=1e-6)
+    assert found.parts[0].p_against == pytest.approx(tail((main - 0.008) / 0.001 * 5**0.5, 10), rel=1e-6)
 
 
 def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdict:
@@ -175,19 +259,21 @@ def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdi
 
 
 def test_p_of_c2_by_hand():
-    # t of sqrt 48, sqrt 27 and, of the nearer margin, sqrt 48: the largest p is that of random, twice
-    found = c2(steps_of(0.04, 0.01), steps_of(0.06, 0.02), steps_of(0.004, 0.001))
-    assert found.verdict == "supported" and found.p == pytest.approx(2 * tail(27**0.5), rel=1e-6)
-    # random above clustered by t = sqrt 108: three times for the parts, twice for the sides
-    found = c2(steps_of(0.04, 0.01), steps_of(-0.06, 0.01), steps_of(0.004, 0.001))
-    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * tail(108**0.5), rel=1e-6)
+    """Residuals of half a step in all four arms: a variance of 4 (0.5 0.001)^2 2 / 6, of a difference 0.001^2 2 / 9."""
+    # the farthest from certain is that dispersed is 0.004 within the margin: t of sqrt 72, twice
+    found = c2(steps_of(0.04, 0.001), steps_of(0.06, 0), steps_of(0.004, 0.001))
+    assert found.verdict == "supported" and found.p == pytest.approx(2 * tail(72**0.5, 6), rel=1e-6)
+    # random above clustered by t = sqrt 18: three times for the parts, twice for the sides
+    found = c2(steps_of(0.04, 0.001), steps_of(-0.002, 0), steps_of(0.004, 0.001))
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * tail(18**0.5, 6), rel=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_either_side_of_the_margin_speaks_against_equal(sign):
-    found = c2(steps_of(0.04, 0.001), steps_of(0.06, 0.001), sign * steps_of(0.017, 0.001))
-    assert found.parts[2].p_against == pytest.approx(2 * tail(9 * 3**0.5), rel=1e-6)  # twice for the two sides
-    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * 2 * tail(9 * 3**0.5), rel=1e-6)
+    found = c2(steps_of(0.04, 0.001), steps_of(0.06, 0), steps_of(sign * 0.017, 0.001))
+    once = tail(9 * 4.5**0.5, 6)
+    assert found.parts[2].p_against == pytest.approx(2 * once, rel=1e-6)  # twice for the two sides
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * 3 * 2 * once, rel=1e-6)
 
 
 def test_without_an_effect_five_tables_of_a_hundred_have_a_verdict():
@@ -210,22 +296,22 @@ def test_without_an_effect_five_tables_of_a_hundred_have_a_verdict():
 
 
 def test_a_slope_is_over_the_places_that_all_arms_have():
-    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]}
+    lead = {"a_16": [5.0, 5.1], "a_32": [4.9, 5.01], "b_16": [5.0, 5.1], "b_32": [5.0, 5.11]}
     part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
-    found = examine(part, frame(lead), 0.008)
-    assert found.estimate.value == pytest.approx(-0.095) and found.estimate.dof == 3  # 4 arms, 2 seeds
-    assert examine(part, frame({"a_16": [5.0], "b_16": [5.0]}), 0.008).lacks.endswith("run of a_{x}, b_{x}")
+    found = examined(part, frame(lead), 0.008)
+    assert found.estimate.value == pytest.approx(-0.1) and found.estimate.dof == 3  # 4 arms, 2 seeds
+    assert examined(part, frame({"a_16": [5.0], "b_16": [5.0]}), 0.008).lacks.endswith("run of a_{x}, b_{x}")
 
 
 def test_a_slope_lacks_a_place_that_is_declared_or_that_one_of_its_arms_has():
     part = {"sweep": "any", "weights": {"a_{x}": 1, "b_{x}": -1}, "along": {"log": 2}, "expect": "below"}
     runs = frame({"a_16": [5.0, 5.1], "a_32": [4.9, 5.0], "a_64": [4.8, 4.9], "b_16": [5.0, 5.1], "b_32": [5.0, 5.1]})
-    assert examine(part, runs, 0.008).lacks == "any has no finished run of b_64"
+    assert examined(part, runs, 0.008).lacks == "any has no finished run of b_64"
     declared = part | {"along": {"log": 2, "places": [16, 32, 128]}}
-    assert examine(declared, runs.loc[runs["arm"] != "a_64"], 0.008).lacks.endswith("run of a_128, b_128")
+    assert examined(declared, runs.loc[runs["arm"] != "a_64"], 0.008).lacks.endswith("run of a_128, b_128")
     by_scale = part | {"along": {"log": 2, "places": {"smoke": [64]}}}
-    assert examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="smoke"), 0.008).lacks.endswith("a_64, b_64")
-    assert not examine(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="small"), 0.008).lacks
+    assert examined(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="smoke"), 0.008).lacks.endswith("a_64, b_64")
+    assert not examined(by_scale, runs.loc[runs["arm"] != "a_64"].assign(scale="small"), 0.008).lacks
 
 
 def test_every_sweep_of_a_claim_trains_as_many_seeds_as_a_verdict_needs():
@@ -246,7 +332,7 @@ def test_the_places_declared_are_those_that_the_sweeps_have_by_default():
 
 def test_weights_are_of_means_so_three_against_one_is_in_nats():
     part = {"sweep": "any", "weights": {"a": 1, "b": 1, "c": -2}, "expect": "below"}
-    found = examine(part, frame({"a": [1.0, 2.0], "b": [3.0, 4.0], "c": [5.0, 6.0]}), 0.008)
+    found = examined(part, frame({"a": [1.0, 2.0], "b": [3.0, 4.0], "c": [5.0, 6.0]}), 0.008)
     assert found.estimate.value == pytest.approx(-3)
 
 
@@ -254,7 +340,7 @@ def test_a_range_over_equal_arms_is_found_in_five_of_a_hundred():
     arms = [str(number) for number in range(5)]
     part = {"sweep": "any", "range": arms, "expect": "above"}
     draws = np.random.default_rng(0).standard_normal((120, 5, 3))
-    found = [examine(part, frame(dict(zip(arms, own.tolist()))), 0.008).p_for < 0.05 for own in draws]
+    found = [examined(part, frame(dict(zip(arms, own.tolist()))), 0.008).p_for < 0.05 for own in draws]
     assert 0 < np.mean(found) < 0.1
 
 
@@ -262,12 +348,12 @@ def test_where_a_figure_is_0_is_told_and_decides_nothing():
     part = {"sweep": "any", "weights": {"a_{x}x": 1, "b_1x": -1}, "along": {"log": 2, "places": [1, 2, 4]}}
     part |= {"expect": "told"}
     losses = {"a_1x": [5.3, 5.4], "a_2x": [5.1, 5.2], "a_4x": [4.9, 5.0], "b_1x": [5.0, 5.1]}
-    found = examine(part, frame(losses), 0.008)  # 0.3, 0.1 and -0.1: 0 half way from 2 to 4 on the logarithm
+    found = examined(part, frame(losses), 0.008)  # 0.3, 0.1 and -0.1: 0 half way from 2 to 4 on the logarithm
     assert found.told.endswith("; 0 at x = 2.83") and found.told.startswith("+0.3000 [+0.3000, +0.3000] at x = 1; ")
-    assert examine(part, frame(losses | {"a_4x": [5.01, 5.11]}), 0.008).told.endswith("; 0 nowhere between")
+    assert examined(part, frame(losses | {"a_4x": [5.01, 5.11]}), 0.008).told.endswith("; 0 nowhere between")
     apart = frame(losses)
     apart.loc[apart["arm"] == "b_1x", "seed"] += 2
-    assert examine(part, apart, 0.008).lacks == "any has no seeds that a_1x, a_2x, a_4x, b_1x share"
+    assert examined(part, apart, 0.008).lacks == "any has no seeds that a_1x, a_2x, a_4x, b_1x share"
 
     decides = part | {"weights": {"a_1x": 1, "b_1x": -1}, "expect": "above"}
     del decides["along"]
@@ -286,26 +372,137 @@ def test_the_oracle_is_compared_with_every_other_hash():
 
 
 def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_side():
-    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.109, 5.211]})  # a is below b by 0.01, p = 0.002
-    # two repeats 0.001 apart: deviation 0.001 / sqrt 2, and t of 0.975 on 1 degree is 12.706: a floor of 0.012706
+    runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.007, 5.106, 5.208]})  # a is below b by 0.007, p = 0.002
+    # two repeats 0.001 apart: deviation 0.001 / sqrt 2, and t of 0.975 on 1 degree is 12.706: 0.012706 for single runs,
+    # and for means over three of them 0.012706 / sqrt 3 = 0.007336
     repeats = frame({"r": [5.0, 5.001]}).assign(seed=0)
     below = {"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}
-    found = examine(below, runs, 0.008, repeats)
-    assert found.floor == pytest.approx(0.012706, abs=1e-6) and found.below_floor and found.p_for == 1
-    assert examine(below, runs, 0.008).p_for < 0.002 and np.isnan(examine(below, runs, 0.008).floor)
-    assert np.isnan(examine(below, runs, 0.008, frame({"r": [5.0, 5.1]})).floor)  # two seeds are no repeats
-    wider = frame({"a": [4.99, 5.09, 5.19], "b": [5.01, 5.109, 5.211]})
-    assert examine(below, wider, 0.008, repeats).p_for < 0.002 and not examine(below, wider, 0.008, repeats).below_floor
-    # equal figures are within a margin of 0.02, but not within one of 0.008, which is less than the floor
+    found = examined(below, runs, 0.008, repeats)
+    assert found.floor == pytest.approx(0.007336, abs=1e-6) and found.below_floor and found.p_for == 1
+    assert examined(below, runs, 0.008).p_for < 0.004 and np.isnan(examined(below, runs, 0.008).floor)
+    assert np.isnan(examined(below, runs, 0.008, frame({"r": [5.0, 5.1]})).floor)  # two seeds are no repeats
+    wider = frame({"a": [5.0, 5.1, 5.2], "b": [5.01, 5.109, 5.211]})  # 0.01: less than two single runs may differ by
+    assert (
+        examined(below, wider, 0.008, repeats).p_for < 0.002 and not examined(below, wider, 0.008, repeats).below_floor
+    )
+    # equal figures are within a margin of 0.02, and within one of 0.008, which is more than the floor
     equal = frame({"a": [5.0, 5.1, 5.2], "b": [5.0001, 5.1, 5.1999]})
     within = below | {"expect": "within"}
-    assert examine(within, equal, 0.02, repeats).p_for < 0.001
-    assert examine(within, equal, 0.008, repeats).below_floor and examine(within, equal, 0.008, repeats).p_for == 1
-    # a slope of 0.01 a step over 3 steps is 0.03 from its first place to its last
+    for margin in (0.02, 0.008):
+        assert (
+            examined(within, equal, margin, repeats).p_for < 0.001
+            and not examined(within, equal, margin, repeats).blind
+        )
+    # but whether they are within 0.007, which is less, no figure can tell
+    assert examined(within, equal, 0.007, repeats).blind and examined(within, equal, 0.007, repeats).p_for == 1
+    # of a slope over four places of three seeds: weights of -0.3, -0.1, 0.1, 0.3, so sqrt(0.2 / 3 / 2) of it
     steps = frame({f"a_{x}": [5 - 0.01 * x, 5.1 - 0.01 * x, 5.2 - 0.01 * x + 1e-4 * (x == 2)] for x in range(4)})
     slope = {"sweep": "any", "weights": {"a_{x}": 1}, "along": {}, "expect": "below"}
-    assert examine(slope, steps, 0.008, repeats).floor == pytest.approx(0.012706 / 3, abs=1e-6)
-    assert not examine(slope, steps, 0.008, repeats).below_floor
+    assert examined(slope, steps, 0.008, repeats).floor == pytest.approx(0.012706 * (0.2 / 6) ** 0.5, abs=1e-6)
+    assert not examined(slope, steps, 0.008, repeats).below_floor
+
+
+@pytest.mark.parametrize(
+    ("apart", "verdict"),
+    [(0.0, "cannot be told (noise floor)"), (0.004, "cannot be told (noise floor)"), (0.1, "contradicted")],
+)
+def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_the_margin(
+    trained, tmp_path, apart, verdict
+):
+    plant(trained, tmp_path, "hash_methods", METHODS | {"hash_dispersed": METHODS["hash_random"] + apart})
+    # 0.003 apart: 0.0381 for two runs, 0.0191 for means over four
+    plant(trained[:1], tmp_path, "noise_floor", {"hash_balanced_repeat_0": 0, "hash_balanced_repeat_1": 0.003})
+    found = judged_of(tmp_path)[1]
+    assert found.claim == "C2" and found.verdict == verdict
+    said = " ".join(printed([found], "smoke", 0.05).split())
+    assert "p for cannot be told, the noise floor is above the margin, against" in said
+    (tmp_path / "sweeps" / "noise_floor.json").unlink()
+    assert verdicts_of(tmp_path)["C2"] == ("contradicted" if apart == 0.1 else "supported")
+
+
+def test_switch_overtakes_only_where_it_was_not_ahead_with_the_small_dictionary(trained, tmp_path):
+    exact = {arm: {"data_fingerprint": "words"} for arm in ("hash_balanced_words", "switch_words")}
+    for behind, verdict in ((0.0, "supported"), (0.05, "contradicted")):
+        arms = {"hash_balanced_bpe_1024": behind, "switch_bpe_1024": 0, "hash_balanced_words": 0.02, "switch_words": 0}
+        plant(trained, tmp_path / verdict, "dictionary", arms, exact)
+        assert verdicts_of(tmp_path / verdict)["C7"] == verdict
+
+
+def test_an_oracle_that_is_below_all_by_little_is_not_far_below(trained, tmp_path):
+    for below, verdict in ((-0.02, "contradicted"), (-0.3, "supported")):
+        plant(trained, tmp_path / verdict, "hash_methods", METHODS | {"hash_next_token": below})
+        assert verdicts_of(tmp_path / verdict)["C4"] == verdict
+    said = printed(judged_of(tmp_path / "supported"), "smoke", 0.05)
+    assert "hash_methods: hash_next_token - hash_balanced < -0.08\n" in said
+
+
+def test_rates_decide_only_if_they_were_measured_in_one_way(trained, tmp_path):
+    speeds = {"hash_balanced": 1.1, "base": 1.0}
+    plant(trained, tmp_path, "base_comparison", {"hash_balanced": 0, "base": 0}, tokens_per_second=speeds)
+    found = judged_of(tmp_path)[9]
+    estimate: Any = found.parts[0].estimate
+    assert found.verdict == "supported" and estimate.dof == SEEDS - 1
+    assert estimate.error == pytest.approx(0.001 * (2 / SEEDS) ** 0.5, rel=0.6)
+    said = " ".join(printed([found], "smoke", 0.05).split())
+    assert "whatever else the machine did" in said and "1.10" in said and " times, n = 4; p for < 0.0001" in said
+    changes = {"device": "another", "command": ["run.py", "sweeps=modules"]}
+    for key, value in changes.items():
+        folder = next(tmp_path.glob("base-s1-*"))
+        before = (folder / "provenance.json").read_text()
+        (folder / "provenance.json").write_text(json.dumps(json.loads(before) | {key: value}))
+        [part] = judged_of(tmp_path)[9].parts
+        assert (
+            part.lacks.startswith("base_comparison was not measured in one way: ")
+            and judged_of(tmp_path)[9].verdict == "not run"
+        )
+        (folder / "provenance.json").write_text(before)
+    assert judged_of(tmp_path)[9].verdict == "supported"
+
+
+def test_declared_pairs_stand_under_the_statistics_with_their_paired_intervals(trained, tmp_path):
+    """Planted: the gate costs Switch 0.1, and nothing is between the two that have it."""
+    arms = {"hash_balanced": 0, "hash_switch_gate": 0.1, "switch": 0.1, "switch_straight_through": 0}
+    plant(trained, tmp_path, "gate_by_routing", arms)
+    said = report("gate_by_routing", tmp_path, tmp_path / "results")
+    [gate] = re.findall(r"\n  Switch less Switch, straight-through: (.*)\n", said)
+    [routing] = re.findall(r"\n  Hash, Switch gate less Switch: (.*)\n", said)
+    assert "further pairs, in nats: intervals that hold for all of them at once; and the paired t alone\n" in said
+    runs = runs_of("gate_by_routing", "smoke", tmp_path, tmp_path)
+    own: Any = runs.pivot(index="seed", columns="arm", values="test/ce")
+    alone = paired_difference(own["switch"], own["switch_straight_through"])
+    low, high = alone.interval()
+    assert f"; [{low:+.3f}, {high:+.3f}] p {alone.p:.2g}, n = {SEEDS}" in gate and gate.startswith("+0.1")
+    assert re.match(r"[+-]0.00. \[-0.00., \+0.00.\] p ", routing)
+
+
+def test_every_declared_pair_is_of_arms_that_the_sweep_trains():
+    for sweep, asked in load("declared")["sweeps"].items():
+        assert len(dict(asked.get("pairs", []))) == len(asked.get("pairs", []))  # an arm is the first of one pair alone
+        trained = (ROOT / "sweeps" / f"{sweep}.yaml").read_text()
+        for name in [name for pair in asked.get("pairs", []) for name in pair]:
+            assert name in trained or name.removeprefix("hash_") in trained, (sweep, name)
+
+
+def test_a_difference_of_means_is_marked_by_the_floor_of_means(trained, tmp_path):
+    """0.0127 for two runs, half of that for means over four: 0.009 is above it, 0.003 is not."""
+    plant(trained, tmp_path, "gate_by_routing", {"hash_balanced": 0, "switch": 0.009, "hash_switch_gate": 0.003})
+    runs = read_study("gate_by_routing", tmp_path).runs.assign(noise_floor=0.0127)
+    for column in ("seconds_to_reference", "documents_low", "documents_high"):
+        runs[column] = np.nan
+    found = summary(runs, load("style"), declared("gate_by_routing")).set_index("arm")["below_floor"]
+    assert found.to_dict() == {"hash_balanced": False, "switch": False, "hash_switch_gate": True}
+
+
+def test_c1_and_c7_name_the_places_and_dictionaries_that_their_sweeps_have():
+    sweep = yaml.safe_load((ROOT / "sweeps" / "main.yaml").read_text())["hydra"]["sweeper"]["params"]
+    named = {arm for part in CLAIMS["claims"]["C1"]["parts"] if part["sweep"] == "main" for arm in part["weights"]}
+    places = [name.removeprefix("main/") for name in sweep["experiment"].split(",")]
+    assert named == {f"{router}_{place}" for router in ("hash_balanced", "switch") for place in places}
+    sizes = {
+        path.stem: yaml.safe_load(path.read_text())["data"]["vocab_size"]
+        for path in (ROOT / "conf" / "scale").glob("*.yaml")
+    }
+    assert CLAIMS["claims"]["C7"]["parts"][0]["at"] == sizes
 
 
 def test_a_claim_below_the_noise_floor_is_not_separated_and_says_so(trained, tmp_path):
@@ -344,9 +541,9 @@ def test_what_diverged_is_named(trained, tmp_path):
 def test_runs_that_share_no_seed_tell_nothing():
     runs = frame({"a": [5.0, 5.1, 5.2], "b": [5.0, 5.1, 5.2]})
     runs.loc[runs["arm"] == "b", "seed"] += 3
-    found = examine({"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}, runs, 0.008)
+    found = examined({"sweep": "any", "weights": {"a": 1, "b": -1}, "expect": "below"}, runs, 0.008)
     assert found.estimate is None and found.lacks == "any has no seeds that a, b share"
-    found = examine({"sweep": "any", "range": ["a", "b"], "expect": "above"}, runs, 0.008)
+    found = examined({"sweep": "any", "range": ["a", "b"], "expect": "above"}, runs, 0.008)
     assert found.lacks == "any has no seeds that a, b share"
 
 
@@ -419,10 +616,13 @@ def test_a_single_seed_separates_nothing_and_another_scale_is_not_run(trained, t
         assert judged[8].claim == "C9" and judged[8].verdict == verdict
 
 
+KEYS = {"sweep", "weights", "along", "range", "metric", "ratio", "at", "alike", "by", "expect"}
+
+
 def test_every_declared_contrast_is_whole():
     assert list(CLAIMS["claims"]) == [f"C{number}" for number in range(1, 13)]
     for claim in CLAIMS["claims"].values():
         for part in claim["parts"]:
-            assert set(part) <= {"sweep", "weights", "along", "range", "metric", "ratio", "expect"}
+            assert set(part) <= KEYS
             assert ("range" in part) != ("weights" in part)
             assert "{x}" in str(part) if "along" in part else sum(part.get("weights", {"": 0}).values()) == 0
