@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from analysis.arms import Arm
+from analysis.layout import arrows, broken, legend_above, span
 from analysis.tables import reference_of
 
 
@@ -22,21 +23,32 @@ def against_place(
     style: dict,
 ) -> None:
     """Test loss of each method over the place; below it, less the reference, with the paper's differences as hollow
-    marks; below that the public curves, if there are any. Arms without a place are level lines."""
+    marks; below that the public curves, if there are any. Arms without a place are level lines.
+
+    asked["joins"]: method -> arms of others that stand in its line, and where: the ends of what it mixes."""
     count = 2 if public is None else 3
     figure.set_size_inches(3.4, 1.9 * count + 0.3)
     figure.subplots(count, sharex=True)
     upper, lower, *below = figure.axes
     rows = frame.loc[frame["n"] > 0].assign(x=frame["x"].astype(float))
+    for joined, ends in asked.get("joins", {}).items():
+        own = rows["arm"].isin(list(ends))
+        rows.loc[own, "x"], rows.loc[own, "method"] = rows.loc[own, "arm"].map(ends), joined
+    low, high = span(
+        rows.loc[rows["difference_mean"].notna()], *(papers[arm][0] for arm in rows["arm"] if arm in papers)
+    )
+    limits, cut = (low - 0.08 * (high - low), high + 0.08 * (high - low)), False
     places = sorted(set(rows["x"].dropna()))
     methods = rows["method"].unique()
     for number, (method, own) in enumerate(rows.groupby("method", sort=False)):
         own = own.assign(x=beside(own["x"], number - (len(methods) - 1) / 2, places, asked["scale"]))
-        look, label = arms[own["arm"].iloc[0]].look, style["arms"].get(method, {}).get("label", method)
-        losses(upper, own, look, label)
-        compared(lower, own.loc[own["difference_mean"].notna()], look, papers)
+        look = style["arms"].get(method, arms[own["arm"].iloc[0]].look)
+        losses(upper, own, look, style["arms"].get(method, {}).get("label", method).format(place="K"))
+        cut |= compared(lower, own.loc[own["difference_mean"].notna()], look, papers, limits)
     upper.set_ylabel("test cross-entropy\n(nats per token)")
-    lower.set_ylabel(f"test loss minus\n{reference_of(frame)}'s (nats)")
+    lower.set_ylabel(f"test loss minus\n{broken(reference_of(frame), 30)}'s (nats)")
+    if high > low:
+        lower.set_ylim(*limits)
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
     for axes in below:
         public_curves(axes, public, style)
@@ -44,10 +56,11 @@ def against_place(
     scale_x(figure.axes[-1], sorted({*places, *theirs}), asked["scale"])
     n = " to ".join(str(each) for each in {rows["n"].min(): 0, rows["n"].max(): 0})
     told = "\nbars below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
+    told += "; arrows: beyond the axis" if cut else ""
     told += "; hollow: published" if any(arm in papers for arm in rows["arm"]) else ""
     figure.axes[-1].set_xlabel(asked["axis"])
     figure.supxlabel(f"n = {n} seeds; bars and bands above: ± 1 standard deviation{told}", fontsize=6)
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    legend_above(figure, upper)
     figure.align_ylabels()
 
 
@@ -65,7 +78,14 @@ def losses(axes: Axes, own: pd.DataFrame, look: dict[str, Any], label: str) -> N
     drawn[0].set_dashes(look["dashes"])
 
 
-def compared(axes: Axes, own: pd.DataFrame, look: dict[str, Any], papers: dict[str, tuple[float, str]]) -> None:
+def compared(
+    axes: Axes,
+    own: pd.DataFrame,
+    look: dict[str, Any],
+    papers: dict[str, tuple[float, str]],
+    limits: tuple[float, float],
+) -> bool:
+    """Whether an interval passes the limits; arrows say where."""
     placed = own.loc[own["x"].notna()].sort_values("x")
     known = placed["difference_low"].notna().all()
     reach = placed["difference_high"] - placed["difference_mean"] if known else None
@@ -75,6 +95,10 @@ def compared(axes: Axes, own: pd.DataFrame, look: dict[str, Any], papers: dict[s
     for x, arm in zip(placed["x"], placed["arm"]):
         if arm in papers:
             axes.plot(x, papers[arm][0], look["marker"], color=look["color"], fillstyle="none", markersize=5.5)
+    cut = False
+    for x, low, high in placed.loc[:, ["x", "difference_low", "difference_high"]].itertuples(index=False):
+        cut |= known and arrows(axes, x, (low, high), limits, look["color"], True)
+    return bool(cut)
 
 
 def public_curves(axes: Axes, public: pd.DataFrame | None, style: dict) -> None:

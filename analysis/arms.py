@@ -41,15 +41,16 @@ def described(names: Iterable[str], style: dict) -> dict[str, Arm]:
     found, spare, looks = {}, cycle(style["others"]), {}
     for name in dict.fromkeys(names):
         method, place = method_of(name, style["arms"]), place_of(name, style)
-        known = style["arms"].get(method)
-        label = ", ".join(
-            filter(None, [known["label"] if known else method.replace("_", " "), place.replace("_", " ")])
-        )
+        known, shown = style["arms"].get(method), place.replace("_", " ")
+        label = known["label"] if known else method.replace("_", " ")
+        label = label.format(place=shown or "K") if "{place}" in label else ", ".join(filter(None, [label, shown]))
         if method not in looks:
             looks[method] = known or next(spare)
             look = looks[method]
-        else:  # a further arm of the method keeps its colour
-            look = next(spare) | {"color": looks[method]["color"]}
+        else:  # a further arm of the method keeps its colour; no other of it has its marker, while there are any left
+            taken = {arm.look["marker"] for arm in found.values() if arm.method == method}
+            look = next((each for each in style["others"] if each["marker"] not in taken), None) or next(spare)
+            look = look | {"color": looks[method]["color"]}
         found[name] = Arm(name, method, place, label, look)
     return found
 

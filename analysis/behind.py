@@ -1,6 +1,7 @@
 """What stands behind a table: every run with its figures and origin, as runs.csv has it; the table is made of that."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from safetensors import safe_open
 
 from analysis import ledger
 from analysis.arms import described, references, timed_against
-from analysis.runs import Study, declared_same
+from analysis.published import settings as published_settings
+from analysis.runs import Study, declared_same, read_study
 from analysis.variation import noise_floor, over_documents
 
 TEXTS = (
     "tuning",
+    "folder",
     "listed",
     "same_code",
     "sweep",
@@ -33,6 +36,7 @@ TEXTS = (
 )
 TEXTS += ("data_fingerprint", "run_command", "commit", "dirty", "python", "versions", "precision", "dispatch")
 SETTING = "config/"  # begins the columns of settings that differ among counted runs
+OF_PAPER = "published/"  # begins those of settings that published rows name
 COMPARED = (
     "data",
     "experts.num_shared",
@@ -52,10 +56,13 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     corpus = study.config["data"]["corpus"]
     text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
     runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
-    repeated = results / study.scale / REPEATS / "runs.csv"
+    if not folder.is_absolute() and folder != Path("runs"):  # nothing committed names a machine's folders
+        runs["folder"] = str(folder)
     if whys := several_commits(study.counted):
         runs["same_code"] = "\n".join(whys)
-    runs["noise_floor"] = floor_of(study.counted) if study.name == REPEATS else committed_floor(repeated)
+    runs["noise_floor"] = (
+        floor_of(study.counted) if study.name == REPEATS else known_floor(study.scale, folder, results)
+    )
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
     origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
@@ -64,7 +71,9 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     settings = {run: flat(config) for run, config in configs.items() if config}
     by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
     arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
-    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms))
+    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms, folder))
+    for key in published_settings(asked.get("published", [])):
+        runs[OF_PAPER + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     for key in differing(settings):
         runs[SETTING + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     runs["curve_tokens"] = study.curves["val/tokens"].max()  # of validations during training, which may read a part
@@ -97,7 +106,7 @@ def read(path: Path) -> pd.DataFrame:
     columns = pd.read_csv(path, nrows=0).columns
     if missing := {"sweep", "scale", "id", "arm", "seed", "outcome", "test/ce"} - set(columns):
         raise ValueError(f"{path} is no runs.csv of a report: it has no column {sorted(missing)[0]}")
-    texts = [column for column in columns if column in TEXTS or column.startswith(SETTING)]
+    texts = [column for column in columns if column in TEXTS or column.startswith((SETTING, OF_PAPER))]
     runs = pd.read_csv(path, dtype=str, keep_default_na=False)
     for column in columns.difference(texts, sort=False):
         runs[column] = [_number(value) for value in runs[column]]
@@ -130,6 +139,16 @@ def differing(settings: dict[str, dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for each in settings.values() for key in each)
     asked = [key for key in keys if key.startswith(COMPARED) and key not in NOT_COMPARED]
     return [key for key in asked if len({_text(each.get(key)) for each in settings.values()}) > 1]
+
+
+def of_published(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """arm -> the values that its counted runs have of the settings that published rows name."""
+    counted = runs.loc[runs["outcome"] == "finished"]
+    keys = [column for column in runs if column.startswith(OF_PAPER)]
+    return {
+        str(arm): {key.removeprefix(OF_PAPER): " and ".join(own[key].unique()) for key in keys}
+        for arm, own in counted.groupby("arm")
+    }
 
 
 def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
@@ -182,10 +201,17 @@ def floor_of(counted: pd.DataFrame) -> float:
     return noise_floor(counted.loc[:, "test/ce"])
 
 
-def committed_floor(path: Path) -> float:
-    """floor_of the runs.csv of a report on repeats; NaN if there is none."""
-    if not path.exists():
-        return np.nan
+def known_floor(scale: str, folder: Path, results: Path) -> float:
+    """floor_of the repeats of this scale that lie beside the runs; without two of them, of the runs.csv of a report on
+    repeats in results; NaN if there is neither."""
+    floor = np.nan
+    if (folder / "sweeps" / f"{REPEATS}.json").exists():
+        with suppress(ValueError):  # none has finished
+            study = read_study(REPEATS, folder)
+            floor = floor_of(study.counted) if study.scale == scale else np.nan
+    path = results / scale / REPEATS / "runs.csv"
+    if floor == floor or not path.exists():
+        return floor
     runs = read(path)
     return floor_of(runs.loc[runs["outcome"] == "finished"])
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pandas as pd
-from tabulate import tabulate
 
 from analysis.arms import described, references
 from analysis.explain_figures import save_figures
 from analysis.inside import KINDS, Evaluation, inside
 from analysis.runs import Study
+from analysis.tables import of_columns
 
 FIGURES = {
     "frequency": "test loss minus the reference's by about a tenth of the text, frequent targets to the left",
@@ -28,7 +28,8 @@ BY_LAYER = """\
 Load of the fullest expert over the mean, beside the least that a table of tokens could have on this text;
 idle: experts with less than a tenth of the mean; explained: I(expert; token) / H(expert), how much of the choice the
 token id explains, and by chance the same if experts were dealt to tokens at random; settled: share of assignments at a
-validation that the one before it made too, at the first that has one before it, halfway and at the last."""
+validation that the one before it made too, at the first that has one before it, halfway and at the last;
+of a router of random draws it says nothing, for evaluation repeats its draws."""
 
 
 def explain(study: Study, style: dict, asked: dict, runs: Path, folder: Path) -> str:
@@ -70,8 +71,8 @@ def _text(figures: pd.DataFrame, labels: dict[str, str], pairs: dict[str, str], 
 def _table(rows: pd.DataFrame, labels: dict[str, str], form: str) -> str:
     shown = rows.assign(method=[labels[arm] for arm in rows["arm"]]).drop(columns="arm")
     shown = shown.loc[:, ["method", *(column for column in shown.columns if column != "method")]]
-    align = ("left", *["right"] * (shown.shape[1] - 1))
-    return tabulate(shown.to_dict("split")["data"], list(shown), form, colalign=align, disable_numparse=True)
+    cells = [[str(cell) for cell in row] for row in shown.to_dict("split")["data"]]
+    return of_columns(cells, [*map(str, shown)], form)
 
 
 def by_decile(figures: pd.DataFrame, pairs: dict[str, str]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from matplotlib.style import context
 from analysis.arms import Arm
 from analysis.figures import explain, numbers, token_unit
 from analysis.inside import Evaluation
+from analysis.layout import broken, legend_inside_or_above
 
 MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
 NAME = 9  # letters of a token in a map
@@ -27,7 +28,9 @@ def save_figures(
 ) -> list[str]:
     """Draw folder/explain_<name>.png and .pdf and return the names. Curves are of the first MOST_CURVES arms with
     experts in the order of figures, maps of the first MOST_MAPS; evaluations: of one run an arm."""
-    routed = list(figures.loc[figures["quantity"] == "load", "arm"].unique())[:MOST_CURVES]
+    every = list(figures.loc[figures["quantity"] == "load", "arm"].unique())
+    routed = every[:MOST_CURVES]
+    few = f"\nthe first {len(routed)} of {len(every)} arms with experts" if len(routed) < len(every) else ""
     lines = {arm: {**arms[arm].look, "label": arms[arm].label} for arm in routed}
     seeds = numbers(figures.loc[figures["arm"].isin(routed)].groupby("arm")["seed"].nunique())
     draw = {"frequency": _frequency, "load": _load, "settling": _settling}
@@ -35,12 +38,14 @@ def save_figures(
     with context(["default", style["matplotlib"]]):
         for name, plot in draw.items():
             figure = Figure(figsize=(3.4, 2.5))
-            if plot(figure.subplots(), figures, lines, pairs):
+            axes = figure.subplots()
+            if plot(axes, figures, lines, pairs):
+                legend_inside_or_above(figure, axes)
                 under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
-                explain(figure, f"lines: mean over seeds (n = {seeds}); bands: ± 1 standard deviation{under}")
+                explain(figure, f"lines: mean over seeds (n = {seeds}); bands: ± 1 standard deviation{under}{few}")
                 _save(figure, folder, name)
                 drawn.append(name)
-        _save(_maps({arm: evaluations[arm] for arm in routed[:MOST_MAPS]}, arms), folder, "map")
+        _save(_maps({arm: evaluations[arm] for arm in every[:MOST_MAPS]}, arms, len(every)), folder, "map")
     return [*drawn, "map"]
 
 
@@ -58,7 +63,6 @@ def _frequency(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, 
     axes.set_xticks(range(1, 11))
     axes.set_xlabel("about tenths of the text, frequent targets first")
     axes.set_ylabel("test loss minus that of\nthe reference (nats per token)")
-    axes.legend()
     return bool(lines)
 
 
@@ -72,7 +76,6 @@ def _load(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("expert, from the fullest to the emptiest")
     axes.set_ylabel("load over the mean load")
-    axes.legend()
     return True
 
 
@@ -89,7 +92,6 @@ def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, s
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(f"training tokens ({unit})")
     axes.set_ylabel("share of assignments that are\nas at the validation before")
-    axes.legend()
     return True
 
 
@@ -102,8 +104,9 @@ def _line(axes: Axes, values: pd.Series, look: dict[str, Any], shift: int = 0) -
     axes.plot(x, mean, linewidth=1.1, markersize=2.8, markevery=max(1, len(x) // 8), **shape)
 
 
-def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm]) -> Figure:
-    """Tokens by experts, a map an arm, of its last sparse layer; experts in the order of the tokens that they serve."""
+def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm], count: int) -> Figure:
+    """Tokens by experts, a map an arm, of its last sparse layer; experts in the order of the tokens that they serve.
+    count: of all arms with experts."""
     rows = -(-len(evaluations) // 2)
     figure = Figure(figsize=(3.4, 0.5 + 2.4 * rows))
     grid = figure.subplots(rows, min(2, len(evaluations)), squeeze=False)
@@ -113,14 +116,17 @@ def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm]) -> Figure:
         layer = evaluation.layers[-1]
         share, names = _shares(evaluation, layer)
         axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_title(arms[arm].label + (f", layer {layer}" if len(evaluation.layers) > 1 else ""), fontsize=7)
+        named = arms[arm].label + (f", layer {layer}" if len(evaluation.layers) > 1 else "")
+        axes.set_title(broken(named), fontsize=7)
         axes.set_xticks([])
         axes.set_yticks(
-            range(len(names)), names if place % 2 == 0 else [""] * len(names), fontsize=4.5, family="DejaVu Sans Mono"
+            range(len(names)), names if place % 2 == 0 else [""] * len(names), fontsize=6, family="DejaVu Sans Mono"
         )
         axes.tick_params(length=0)
         axes.set_xlabel(f"{share.shape[1]} experts", fontsize=6.5)
     figure.supylabel("most frequent tokens", fontsize=7)
+    few = f"the first {len(evaluations)} of {count} arms with experts; " if len(evaluations) < count else ""
+    explain(figure, f"{few}one run each, the last sparse layer")
     figure.colorbar(
         grid[0, 0].images[0], ax=grid, location="bottom", shrink=0.6, aspect=30, label="share of a token's assignments"
     )

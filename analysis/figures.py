@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
+from analysis.layout import arrows, broken, legend_inside_or_above, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
 from analysis.tables import leaky, reference_of
@@ -59,7 +60,9 @@ def learning_curves(
     reference = next((arm for arm in frame["reference_arm"] if arm in losses), None)
     panels = {"validation cross-entropy": losses}
     if reference is not None:
-        panels[f"validation loss minus\n{arms[reference].label}'s"] = losses.sub(losses[reference], axis="index")
+        panels[f"validation loss minus\n{broken(arms[reference].label, 30)}'s"] = losses.sub(
+            losses[reference], axis="index"
+        )
     unit, per = token_unit(float(study.curves["tokens"].to_numpy().max()))
     worst_first = sorted(drawn, key=lambda arm: over_seeds(losses.loc[:, arm])["mean"].iloc[-1], reverse=True)
     figure.subplots(len(panels), sharex=True)
@@ -87,7 +90,7 @@ def learning_curves(
     beneath = unigram > losses.iloc[-len(drawn) :].min().min()
     note: dict[str, Any] = {"ha": "right", "va": "top" if beneath else "bottom", "color": "0.35", "fontsize": 6.5}
     upper.text(1, unigram, "unigram entropy ", transform=right, **note)
-    upper.legend()
+    legend_inside_or_above(figure, upper)
     n = numbers(frame.loc[frame["n"] > 0, "n"])
     figure.axes[-1].set_xlabel(f"training tokens ({unit})")
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
@@ -109,21 +112,25 @@ def explain(figure: Figure, text: str) -> None:
 def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: dict[str, tuple[float, str]]) -> None:
     """Each arm's difference to its reference on test, the best on top, with interval, and the paper's as a hollow mark.
 
-    The axis spans the arms that see no future in evaluation; of others that lie outside stands the number.
+    The axis is layout.span's of the arms that see no future in evaluation; of others that lie outside stands the
+    number, and arrows where an interval goes on.
     """
     rows = frame.loc[~frame["reference"] & frame["difference_mean"].notna()]
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
-    figure.set_size_inches(3.4, 1.05 + 0.15 * len(rows))
-    ends = rows.loc[~leaky(rows), ["difference_mean", "difference_low", "difference_high"]]
-    theirs = [papers[arm][0] for arm in rows.loc[~leaky(rows), "arm"] if arm in papers]
-    low, high = min(float(ends.min().min()), 0.0, *theirs), max(float(ends.max().max()), 0.0, *theirs)
+    labels = [broken(label) for label in rows["label"]]
+    figure.set_size_inches(3.4, 1.2 + (0.2 if any("\n" in label for label in labels) else 0.15) * len(rows))
+    ends = rows.loc[~leaky(rows)]
+    theirs = [papers[arm][0] for arm in ends["arm"] if arm in papers]
+    low, high = span(ends, *theirs)
+    limits, cut = (low - 0.05 * (high - low), high + 0.05 * (high - low)), False
     axes = figure.subplots()
-    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set_xlim(*limits)
     axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
     for place, row in rows.iterrows():
         mean, look = row["difference_mean"], arms[row["arm"]].look
         if mean < low:
-            axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5)
+            clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line at 0
+            axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5, bbox=clear)
             continue
         if row["arm"] in papers:
             axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)
@@ -138,13 +145,16 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
             markersize=3,
             elinewidth=0.9,
         )
-    axes.set_yticks(range(len(rows)), rows["label"])
+        if known:
+            cut |= arrows(axes, place, (row["difference_low"], row["difference_high"]), limits, look["color"], False)
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.grid(axis="y", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"test loss minus {reference_of(frame)}'s\n(nats per token)")
+    axes.set_xlabel(f"test loss minus that of\n{broken(reference_of(frame))}\n(nats per token)")
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
-    explain(figure, f"{bars}n = {numbers(rows['n'])}" + ("; hollow: published" if theirs else ""))
+    told = ("; arrows: beyond the axis" if cut else "") + ("\nhollow: published, in its own setting" if theirs else "")
+    explain(figure, f"{bars}n = {numbers(rows['n'])}{told}")
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:

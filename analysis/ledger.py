@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +83,34 @@ def _validation(folder: Path) -> float | None:
     return None if result is None else result["val/ce"] if result["outcome"] == "finished" else math.inf
 
 
-def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs: Path | None = None) -> list[str]:
     """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. [] if there
-    is no ledger.
+    is no ledger: neither one in results, which is what tuned= reads, nor the trials of sweeps=tune in runs.
 
     arms: label -> the flat settings of its runs, as far as they are known; the ledger's arm is the longest that a label
     begins with (that of NAME_64 is NAME).
     """
     path = results / scale / "tune" / "ledger.csv"
-    if not path.exists():
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    elif runs and (runs / "sweeps" / "tune.json").exists():
+        with suppress(ValueError):  # no trials
+            trained, found, _ = ledger(runs, "tune")
+            rows = [{key: str(value) for key, value in written(row).items()} for row in found if trained == scale]
+    if not rows:
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     lines: dict[str, list[dict[str, Any]]] = {}
-    for arm, runs in arms.items():
+    for arm, own in arms.items():
         known = [name for name in {row["arm"] for row in rows} if arm == name or arm.startswith(f"{name}_")]
-        lines.setdefault(max(known, key=len, default=arm), []).extend(runs)
-    return [_note([row for row in rows if row["arm"] == name], name, runs) for name, runs in lines.items()]
+        lines.setdefault(max(known, key=len, default=arm), []).extend(own)
+    return [_note([row for row in rows if row["arm"] == name], name, own) for name, own in lines.items()]
+
+
+def written(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as ledger.csv has it."""
+    return row | {"val_ce": "" if row["val_ce"] is None else f"{row['val_ce']:.6f}", "knob": row["knob"] or ""}
 
 
 def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> str:
@@ -125,8 +137,7 @@ def _use(chosen: dict[str, str], runs: list[dict[str, Any]]) -> str:
 def write(runs: Path, results: Path, sweep: str) -> str:
     """Write results/<scale>/<sweep>/ledger.csv; return what to print. ValueError as ledger."""
     scale, rows, left = ledger(runs, sweep)
-    for row in rows:
-        row["val_ce"] = "" if row["val_ce"] is None else f"{row['val_ce']:.6f}"
+    rows = [written(row) for row in rows]
     folder = results / scale / sweep
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ledger.csv").open("w", newline="") as file:

@@ -1,5 +1,8 @@
 """What stands above and under a table: what was compared, what the marks mean, and every run that is in no mean."""
 
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -9,12 +12,28 @@ import pandas as pd
 from analysis.additive_model import ALONE as VARIANCES
 from analysis.arms import described
 from analysis.behind import SETTING
+from analysis.published import ABSENT
 from analysis.summary import LEAKS, further_pairs, model_of
-from analysis.tables import ALONE, EQUIVALENT, FLOOR, UNKNOWN, UNSEPARATED, human, leaky, reference_of, unknown_share
+from analysis.tables import (
+    ALONE,
+    EQUIVALENT,
+    FLOOR,
+    UNKNOWN,
+    UNSEPARATED,
+    WIDTH,
+    human,
+    leaky,
+    reference_of,
+    unknown_share,
+)
 from analysis.variation import split_variance
 
 WITHOUT_RESULT = ("stopped", "failed", "missing")
-WIDTH = 118
+OF_EXPERTS = (
+    "num_experts",
+    "experts.num_shared",
+    "model.sparse_layers",
+)  # settings of no use to an arm without experts
 
 
 def header(runs: pd.DataFrame) -> str:
@@ -154,7 +173,7 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
     for arm, own in counted.groupby("arm", sort=False):
         if "leaks" in own and own["leaks"].iloc[0]:
             declared.setdefault(own["leaks"].iloc[0], []).append(labels[arm].removesuffix(f" {LEAKS}"))
-    lines = [f"leak, declared by the router ({leak}): {', '.join(names)}" for leak, names in declared.items()]
+    lines = [f"leak, declared by the router ({leak}): {'; '.join(names)}" for leak, names in declared.items()]
     if declared:
         lines.append("  (python -m routers.certify router=NAME checks what a router declares; a report does not)")
     for column in [column for column in runs if column.startswith(SETTING)]:
@@ -164,22 +183,32 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
         values = {
             arm: " and ".join(dict.fromkeys(value for value in own[column] if value))
             for arm, own in counted.groupby("arm", sort=False)
+            if key not in OF_EXPERTS or not without_experts(own)
         }
+        if not values:
+            continue
         most = max(values.values(), key=list(values.values()).count)
         others = [f"{labels[arm]} {value}" for arm, value in values.items() if value not in (most, "")]
         lines += [f"not equal: {key} is {most}, but " + "; ".join(others)] if others else []
     return lines
 
 
-def bad_runs(runs: pd.DataFrame) -> list[str]:
-    """Every run that is in no mean, by name, and how to complete or repeat it."""
+def without_experts(own: pd.DataFrame) -> bool:
+    """Whether each token passes through all parameters of the replaced layers of these runs; an inserted layer's place
+    is of use without experts too."""
+    placed = own.get(f"{SETTING}model.placement")
+    inserted = placed is not None and (placed == "insert").to_numpy().any()
+    return bool((own["parameters/active"] == own["parameters/total"]).all()) and not inserted
+
+
+def bad_runs(runs: pd.DataFrame, folder: Path | str) -> list[str]:
+    """Every run that is in no mean, by name, and how to complete or repeat it. folder: where the runs are."""
     left_out = runs.loc[runs["outcome"] != "finished"].to_dict("records")
     counted = len(runs) - len(left_out)
     lines = [f"{counted} of {len(runs)} runs are counted" + ("; in no mean:" if left_out else "")]
     lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
     for column in ("listed", "same_code"):
-        for line in runs[column].iloc[0].split("\n") if column in runs else []:
-            lines += wrap(line, WIDTH, subsequent_indent="  ")
+        lines += folded(runs[column].iloc[0].split("\n")) if column in runs else []
     command = runs["sweep_command"].iloc[0]
     again = [run for run in left_out if run["outcome"] in WITHOUT_RESULT]
     if again:
@@ -187,7 +216,7 @@ def bad_runs(runs: pd.DataFrame) -> list[str]:
     repeat = [run for run in left_out if run["outcome"] not in (*WITHOUT_RESULT, "running")]
     if repeat:
         lines.append(f"to repeat {len(repeat)} of them, which have a result (of this tree and its data then):")
-        lines += [f"  rm -r runs/{run['id']}" for run in repeat] + [f"  {command}"]
+        lines += [f"  rm -r {shlex.quote(str(Path(folder, run['id'])))}" for run in repeat] + [f"  {command}"]
     flawed = runs.loc[runs["flaws"] != ""] if "flaws" in runs else runs.iloc[:0]
     lines += ["records with flaws that move no figure:"] if len(flawed) else []
     return lines + [f"  {run}: {flaw}" for run, flaw in zip(flawed["id"], flawed["flaws"])]
@@ -198,11 +227,29 @@ def of_publications(tables: list[dict[str, Any]]) -> list[str]:
     lines = []
     for table in tables:
         shown = "" if table.get("lines") or table["rows"] else " (no figures found: not published here)"
-        lines += wrap(f"published: {table['source']}{shown}", WIDTH, subsequent_indent="  ")
-        lines += [f"  {line}" for line in [*table.get("lines", []), *([table["also"]] if "also" in table else [])]]
-    if any(table["rows"] for table in tables):
+        lines += folded([f"published: {table['source']}{shown}"])
+        lines += folded(
+            f"  {line}" for line in [*table.get("lines", []), *([table["also"]] if "also" in table else [])]
+        )
+    if any("lines" not in table for table in tables):
+        lines.append(f"  {ABSENT}: not published here")
+    if rows := [row for table in tables for row in table["rows"]]:
         lines.append(
             "  seen: in a transcription or the authors' own figure; read off: digitised from it; unverified: recalled."
         )
-        lines.append("  Its differences are logarithms of ratios of these perplexities, of test where both are known")
+        lines.append(
+            "  Its differences are logarithms of ratios of these perplexities, to the reference of the same corpus;"
+        )
+        lines.append("  of validation where its values are the surer ones, else of test where that is known")
+        if any(row["ours"] and not row["alike"] for row in rows):
+            lines.append("  A row without ours is of a setting that our runs do not have")
     return lines
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """Lines of WIDTH at most, what is folded set in."""
+    return [
+        part
+        for line in lines
+        for part in wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    ]

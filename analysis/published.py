@@ -1,5 +1,6 @@
 """Published numbers beside ours, each with its status; and public curves that the user has as a file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,44 @@ import pandas as pd
 
 from analysis.arms import Arm, load
 
-ABSENT = "not published here"
+ABSENT = "–"  # not published here, as notes.of_publications says
 STATUSES = ("seen", "read off", "unverified")  # from the surest
 ROUTING_COLUMNS = ["hyper_id", "step", "router_type", "num_experts", "k", "routing_frequency", "seed"]
 ROUTING_COLUMNS += ["model_size_label", "dense_parameter_count", "loss_validation"]
 
 
-def published(names: list[str], arms: dict[str, Arm]) -> list[dict[str, Any]]:
-    """The tables of published.yaml with these names; a row that one of our arms corresponds to has its name as ours."""
+def published(
+    names: list[str], arms: dict[str, Arm], used: dict[str, dict[str, str]] | None = None
+) -> list[dict[str, Any]]:
+    """The tables of published.yaml with these names; a row that one of our arms corresponds to has its name as ours.
+
+    used: arm -> values, as text, of the settings that rows name; a row is alike if ours has all that it names.
+    """
     known = load("published")["tables"]
     tables = []
     for name in names:
         rows = [row | {"ours": _ours(row, arms), "table": name} for row in known[name].get("rows", [])]
+        for row in rows:
+            ours = (used or {}).get(row["ours"], {})
+            row["alike"] = all(ours.get(key) == json.dumps(value) for key, value in row.get("setting", {}).items())
         tables.append(known[name] | {"name": name, "rows": rows})
     return tables
 
 
+def settings(names: list[str]) -> list[str]:
+    """The settings that rows of these tables name."""
+    known = load("published")["tables"]
+    return list(
+        dict.fromkeys(key for name in names for row in known[name].get("rows", []) for key in row.get("setting", {}))
+    )
+
+
 def _ours(row: dict[str, Any], arms: dict[str, Arm]) -> str:
-    place = str(row.get("at", ""))
-    return next((name for name, arm in arms.items() if arm.method == row["arm"] and arm.place == place), "")
+    own = [arm for arm in arms.values() if arm.method == row["arm"]]
+    if "smallest" in row:
+        sizes = [arm for arm in own if arm.place.startswith(f"{row['smallest']}_")]
+        return min(sizes, key=lambda arm: arm.x).name if sizes else ""
+    return next((arm.name for arm in own if arm.place == str(row.get("at", ""))), "")
 
 
 def by_arm(tables: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -40,20 +60,25 @@ def by_arm(tables: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def differences(tables: list[dict[str, Any]], pairs: dict[str, str]) -> dict[str, tuple[float, str]]:
-    """arm -> nats of its published perplexity less those of its reference's, with the less sure status of the two.
+    """arm -> what `difference` gives for the first of its rows that has one."""
+    rows = by_arm(tables)
+    found = {arm: [difference(row, tables, pairs[arm]) for row in rows.get(arm, [])] for arm in pairs}
+    return {arm: known[0] for arm, each in found.items() if (known := [one for one in each if one is not None])}
 
-    Of test where both are published, else of validation, of the first table that has both, and of its first row for
-    the arm; the logarithm of a ratio of perplexities.
-    """
-    found = {}
-    for arm, reference in pairs.items():
-        for split, table in ((split, table) for split in ("valid", "test") for table in reversed(tables)):
-            rows = by_arm([table])
-            both = [row for name in (arm, reference) for row in rows.get(name, [])[:1] if row.get(split)]
-            if len(both) == 2:
-                status = max((row[f"{split}_status"] for row in both), key=STATUSES.index)
-                found[arm] = float(np.log(both[0][split] / both[1][split])), status
-    return found
+
+def difference(row: dict[str, Any], tables: list[dict[str, Any]], reference: str) -> tuple[float, str] | None:
+    """Nats of a row's perplexity less those of the reference's first row in the same table, with the less sure status
+    of the two: the logarithm of their ratio. Of the split where that status is surer, of test where both are as sure;
+    None if no split has both."""
+    beside = by_arm([table for table in tables if table["name"] == row["table"]]).get(reference)
+    splits = [split for split in ("test", "valid") if beside and row.get(split) and beside[0].get(split)]
+    if not beside or not splits:
+        return None
+    status = {
+        split: max((each[f"{split}_status"] for each in (row, beside[0])), key=STATUSES.index) for split in splits
+    }
+    split = min(splits, key=lambda split: STATUSES.index(status[split]))
+    return float(np.log(row[split] / beside[0][split])), status[split]
 
 
 def curves(tables: list[dict[str, Any]], pairs: dict[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

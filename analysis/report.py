@@ -23,19 +23,29 @@ from analysis.runs import Mirror, read_study
 from analysis.summary import summary
 from analysis.wandb_runs import mirrors
 
-REPLACED = {"±": r"$\pm$", "†": r"\dag{}", "‡": r"\ddag{}", "≈": r"$\approx$", "◊": r"$\diamond$", "§": r"\S{}"}
+REPLACED = {
+    "±": r"$\pm$",
+    "†": r"\dag{}",
+    "‡": r"\ddag{}",
+    "≈": r"$\approx$",
+    "◊": r"$\diamond$",
+    "§": r"\S{}",
+    "–": "--",
+}
 
 
 def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), curves: Path | None = None) -> str:
     """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished, or
     if curves, a file of public curves to lay under the figure, is none."""
     style, asked = load("style"), declared(name)
+    if curves and asked["figure"] != "against":
+        raise ValueError(f"public curves lie under figures over a number in the labels; that of {name!r} is none")
     public = routing_curves(curves) if curves else None
     study = read_study(name, runs, places, grouping(style, asked))
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     behind.write(behind.behind(study, runs, results, style, asked), folder / "runs.csv")
-    printed, frame = write_tables(folder, style)
+    printed, frame = write_tables(folder, style, runs)
     shows = save_figure(study, frame, style, asked, folder, public)
 
     where = f"{tables_at(folder)}\n"
@@ -51,18 +61,21 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
 
 
-def write_tables(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
-    """table.csv, table.md and table.tex from folder/runs.csv alone; what to print, and the table as a frame."""
+def write_tables(folder: Path, style: dict, place: Path | None = None) -> tuple[str, pd.DataFrame]:
+    """table.csv, table.md and table.tex from folder/runs.csv alone; what to print, and the table as a frame.
+
+    place: where the runs are, for the commands that are printed; in files it stands as runs.csv has it."""
     runs = behind.read(folder / "runs.csv")
     asked = declared(runs["sweep"].iloc[0])
     frame = summary(runs, style, asked)
     frame.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
-    papers = published(asked.get("published", []), described(runs["arm"], style))
+    papers = published(asked.get("published", []), described(runs["arm"], style), behind.of_published(runs))
     head, lines = notes.header(runs), notes_of(runs, frame, style, asked, papers)
     brief = asked.get("brief", False)
     (folder / "table.md").write_text(f"{head}\n\n{small_tables(frame, papers, 'pipe')}\n\n```text\n{lines}\n```\n")
     (folder / "table.tex").write_text(in_latex(head, small_tables(frame, papers, "latex_booktabs"), lines))
-    terminal, shown = small_tables(frame, papers, "simple", brief), notes_of(runs, frame, style, asked, papers, brief)
+    terminal = small_tables(frame, papers, "simple", brief)
+    shown = notes_of(runs, frame, style, asked, papers, brief, place)
     return "\n\n".join([head, terminal, shown]), frame
 
 
@@ -78,12 +91,21 @@ def small_tables(frame: pd.DataFrame, papers: list[dict[str, Any]], form: str, b
     return "\n\n".join(filter(None, parts))
 
 
-def notes_of(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: dict, papers: list, brief=False) -> str:
+def notes_of(
+    runs: pd.DataFrame,
+    frame: pd.DataFrame,
+    style: dict,
+    asked: dict,
+    papers: list,
+    brief: bool = False,
+    place: Path | None = None,
+) -> str:
     lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
     lines += (runs["tuning"].iloc[0] or "no ledger at this scale: nothing was tuned").split("\n")
-    return "\n".join(lines + notes.bad_runs(runs))
+    folder = place or (runs["folder"].iloc[0] if "folder" in runs else "runs")
+    return "\n".join(notes.folded(lines) + notes.bad_runs(runs, folder))
 
 
 def in_latex(head: str, body: str, lines: str) -> str:

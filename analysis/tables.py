@@ -3,24 +3,57 @@
 `form` is tabulate's: "simple" for a terminal, "pipe" for markdown, "latex_booktabs" for a paper.
 """
 
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from analysis.published import ABSENT, by_arm, differences
+from analysis.published import ABSENT, by_arm, difference
 from analysis.summary import LEAKS, TEXT_FIGURES
 
 UNSEPARATED, EQUIVALENT, ALONE, FLOOR, UNKNOWN = "†", "≈", "◊", "~", "§"
+WIDTH = 118  # of what is printed
 
 
-def of_columns(rows: list[list[str]], headers: list[str], form: str, left: tuple[int, ...] = (0,)) -> str:
-    """Cells as given; a header's line breaks stay for a terminal alone."""
-    if form != "simple":
-        headers = [header.replace("\n", " ") for header in headers]
+def of_columns(
+    rows: list[list[str]], headers: list[str], form: str, left: tuple[int, ...] = (0,), texts: int = 1
+) -> str:
+    """Cells as given; a header's line breaks stay for a terminal alone, where the first `texts` columns wrap too."""
+    if form == "simple":
+        return in_terminal(rows, headers, left, texts)
+    headers = [header.replace("\n", " ") for header in headers]
     align = ["left" if place in left else "right" for place in range(len(headers))]
     return tabulate(rows, headers, form, colalign=align, disable_numparse=True)
+
+
+def in_terminal(rows: list[list[str]], headers: list[str], left: tuple[int, ...], texts: int) -> str:
+    """No line longer than WIDTH: headers break at blanks where they are wider than their cells, and then the first
+    `texts` columns."""
+    widest = [max(len(row[place]) for row in rows) for place in range(len(headers))]
+    heads = [
+        [line for part in header.split("\n") for line in wrap(part, max(width, 11), break_long_words=False) or [""]]
+        for header, width in zip(headers, widest)
+    ]
+    heads = [[""] * (max(map(len, heads)) - len(head)) + head for head in heads]
+    widths = [max(width, *map(len, head)) for width, head in zip(widest, heads)]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths[:texts]) > 12:
+        widths[widths.index(max(widths[:texts]))] -= 1
+    lines = []
+    for cells in (heads, ["-" * width for width in widths], *rows):
+        parts = [
+            cell if isinstance(cell, list) else wrap(cell, width, subsequent_indent="  ") if place < texts else [cell]
+            for place, (cell, width) in enumerate(zip(cells, widths))
+        ]
+        for number in range(max(map(len, parts))):
+            shown = [part[number] if number < len(part) else "" for part in parts]
+            placed = [
+                text.ljust(width) if place in left else text.rjust(width)
+                for place, (text, width) in enumerate(zip(shown, widths))
+            ]
+            lines.append("  ".join(placed).rstrip())
+    return "\n".join(lines)
 
 
 def reference_of(frame: pd.DataFrame, column: str = "reference_arm") -> str:
@@ -119,30 +152,31 @@ def by_text(frame: pd.DataFrame, form: str) -> str:
 
 
 def beside_published(frame: pd.DataFrame, tables: list[dict[str, Any]], form: str) -> str:
-    """The paper's perplexities and differences with their status beside ours; "" if the table has no counterpart."""
-    if not any("rows" in table for table in tables):
+    """The paper's perplexities and differences with their status beside ours; "" if the table has no counterpart.
+
+    Ours stand in rows whose setting is ours, and in one of their own if all rows of an arm are of other settings."""
+    tables = [table for table in tables if "lines" not in table]
+    if not tables:
         return ""
     rows, cells = by_arm(tables), []
-    pairs = {row["arm"]: row["reference_arm"] for row in frame.to_dict("records") if row["reference_arm"]}
-    apart = differences(tables, pairs)
-    for row in frame.to_dict("records"):
-        for theirs in rows.get(row["arm"], [{}]):
-            difference = apart.get(row["arm"])
-            published = ABSENT if difference is None else f"{difference[0]:+.3f} {difference[1]}"
-            several = theirs["table"] if len(rows.get(row["arm"], [])) > 1 else ""
-            note = theirs.get("configuration", several)
-            cell = [
-                row["label"] + (f" ({note})" if note else ""),
-                given(row["test_perplexity"], ".2f"),
-                of_paper(theirs, "test"),
-            ]
-            cell += [given(row["val_perplexity"], ".2f"), of_paper(theirs, "valid")]
-            cells.append(
-                [*cell, *(["", ""] if not row["reference_arm"] else [given(row["difference_mean"], "+.3f"), published])]
-            )
-    headers = ["method", "test\nours", "\npublished", "validation\nours", "\npublished"]
-    headers += [f"nats to {reference_of(frame)}\nours", "\npublished"]
-    return of_columns(cells, headers, form)
+    several = len({table["short"] for table in tables if table["rows"]}) > 1
+    for own in frame.to_dict("records"):
+        known = rows.get(own["arm"], [])
+        for theirs in [*([] if any(row["alike"] for row in known) else [{}]), *known]:
+            corpus = [table["short"] for table in tables if several and theirs and table["name"] == theirs["table"]]
+            where = ", ".join([*corpus, *filter(None, [theirs.get("configuration")])])
+            apart = difference(theirs, tables, own["reference_arm"]) if theirs and own["reference_arm"] else None
+            ours = own if theirs.get("alike", True) else {}
+            cell = [own["label"], where, given(ours.get("test_perplexity"), ".2f"), of_paper(theirs, "test")]
+            cell += [given(ours.get("val_perplexity"), ".2f"), of_paper(theirs, "valid")]
+            published = ABSENT if apart is None else f"{apart[0]:+.3f} {apart[1]}"
+            both = [given(ours.get("difference_mean"), "+.3f"), published]
+            cells.append([*cell, *(both if own["reference_arm"] else ["", ""])])
+    headers = ["method", "published for", "test\nours", "published", "validation\nours", "published"]
+    headers += [f"nats to {reference_of(frame)}\nours", "published"]
+    if not any(cell[1] for cell in cells):
+        headers, cells = headers[:1] + headers[2:], [cell[:1] + cell[2:] for cell in cells]
+    return of_columns(cells, headers, form, (0, 1) if "published for" in headers else (0,), headers.index("test\nours"))
 
 
 def of_paper(row: dict[str, Any], split: str) -> str:

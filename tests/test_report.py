@@ -189,7 +189,7 @@ def test_commits_count_as_one_only_where_it_is_declared_with_the_reason(tmp_path
     printed = report("quickstart", runs, tmp_path / "results")
     assert "6 of 7 runs are counted" in printed  # code that was changed since a commit is none of its
     assert f"runs of commits {'b' * 10} and {'a' * 10} count as of one code: a comment alone was changed\n" in printed
-    assert printed.startswith(write_tables(tmp_path / "results/smoke/quickstart", load("style"))[0])
+    assert printed.startswith(write_tables(tmp_path / "results/smoke/quickstart", load("style"), runs)[0])
     said.write_text("- {commits: [a]}")
     with pytest.raises(ValueError, match="must be a list of"):
         report("quickstart", runs, tmp_path / "results")

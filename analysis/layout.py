@@ -1,0 +1,74 @@
+"""What figures of several kinds share: where legends go, how far axes reach, where words break."""
+
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+MOST_INSIDE = 4  # entries of a legend that leave room for curves
+LETTER, HANDLE = 0.047, 0.45  # inches: about a letter's width in such a legend, and all that stands beside its text
+
+
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """The legend of axes over the whole figure, centred, in as many columns as its longest label allows."""
+    handles = axes.get_legend_handles_labels()[0]
+    labels = legend_labels(axes)
+    shape: dict[str, Any] = {"fontsize": 6.5, "columnspacing": 1, "handlelength": 2.8}
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns(figure, labels), **shape)
+
+
+def legend_inside_or_above(figure: Figure, axes: Axes) -> None:
+    """Above, and the figure that much higher, where it would lie over the curves."""
+    labels = legend_labels(axes)
+    if len(labels) <= MOST_INSIDE:
+        axes.legend()
+        return
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-lines // columns(figure, labels)))
+    legend_above(figure, axes)
+
+
+def legend_labels(axes: Axes) -> list[str]:
+    return [broken(label) for label in axes.get_legend_handles_labels()[1]]
+
+
+def columns(figure: Figure, labels: list[str]) -> int:
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    return max(1, int(figure.get_figwidth() / (HANDLE + LETTER * longest)))
+
+
+def broken(text: str, width: int = 24) -> str:
+    """With line breaks at blanks."""
+    return fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def span(rows: pd.DataFrame, *further: float) -> tuple[float, float]:
+    """What an axis of differences has to show: 0, `further`, all means, and all intervals but those of arms tested
+    alone that are more than three times as wide as the median of the others'."""
+    wide: Any = rows["difference_high"] - rows["difference_low"]
+    alone = rows["alone"].astype(bool)
+    cut = alone & (wide > 3 * wide[~alone].median())  # none, if all are tested alone
+    ends = pd.concat([rows["difference_mean"], rows.loc[~cut, "difference_low"], rows.loc[~cut, "difference_high"]])
+    values = [0.0, *further, *ends.dropna()]
+    return min(values), max(values)
+
+
+def arrows(
+    axes: Axes, at: float, ends: tuple[float, float], limits: tuple[float, float], color: Any, upright: bool
+) -> bool:
+    """An arrow at each limit that an interval at place `at` passes; whether there is any. upright: the axis of
+    differences is y."""
+    passed = [
+        (limit, mark) for limit, mark, out in zip(limits, "v^" if upright else "<>", _beyond(ends, limits)) if out
+    ]
+    for limit, mark in passed:
+        x, y = (at, limit) if upright else (limit, at)
+        axes.plot(x, y, mark, color=color, markersize=3, clip_on=False)
+    return bool(passed)
+
+
+def _beyond(ends: tuple[float, float], limits: tuple[float, float]) -> tuple[bool, bool]:
+    return bool(np.less(ends[0], limits[0])), bool(np.greater(ends[1], limits[1]))
