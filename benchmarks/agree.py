@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> None:
             make(name, ["router=hash_balanced", *words_of])
         rows = [compared("auto", name, found) for name in found if name != "auto"]
         for arm in args.arms:
-            twice = [f"{arm}, deterministic", f"{arm}, deterministic, again"]
+            twice = f"{arm}, deterministic", f"{arm}, deterministic, again"
             for repeat, name in enumerate(twice):
                 make(name, [f"router={arm}", "deterministic=true", f"repeat={repeat}"])
             rows.append(compared(*twice, found))
