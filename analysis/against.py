@@ -46,7 +46,7 @@ def against_place(
         losses(upper, own, look, style["arms"].get(method, {}).get("label", method).format(place="K"))
         cut |= compared(lower, own.loc[own["difference_mean"].notna()], look, papers, limits)
     upper.set_ylabel("test cross-entropy\n(nats per token)")
-    lower.set_ylabel(f"test loss minus\n{broken(reference_of(frame), 30)}'s (nats)")
+    lower.set_ylabel(f"test loss minus\n{broken(reference_of(frame), 20)}'s (nats)")
     if high > low:
         lower.set_ylim(*limits)
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
