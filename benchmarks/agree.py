@@ -13,7 +13,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.timing import Row, command, device_of, names, parser, report
+from benchmarks.timing import Row, command, device_of, names, parser, report, with_overrides
 from training.provenance import ROOT
 
 PATHS = {"auto": [], "auto again": ["repeat=1"]}
@@ -52,10 +52,7 @@ def options(words: list[str] | None) -> Namespace:
         "--arms", type=names, default=("hash_balanced", "switch", "base"), help="to train twice, deterministically"
     )
     made.add_argument("--steps", type=int, default=200)
-    args, args.overrides = made.parse_known_args(words)
-    if strange := [word for word in args.overrides if "=" not in word]:
-        made.error(f"unknown: {' '.join(strange)}")
-    return args
+    return with_overrides(made, words)
 
 
 def train(runs: Path, words: list[str]) -> Path:

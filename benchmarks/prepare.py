@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Row, command, device_of, names, parser, report
+from benchmarks.timing import Row, command, device_of, names, parser, report, with_overrides
 from data.mixed_batches import open_split, training_batches
 from data.randomness import generator
 from training.build import open_data
@@ -34,10 +34,7 @@ def options(words: list[str] | None) -> Namespace:
     made.add_argument("--files", help="text files, a glob")
     made.add_argument("--megabytes", type=float, default=20)
     made.add_argument("--dictionaries", type=names, default=("bpe", "words", "bytes"))
-    args, args.overrides = made.parse_known_args(words)
-    if strange := [word for word in args.overrides if "=" not in word]:
-        made.error(f"unknown: {' '.join(strange)}")
-    return args
+    return with_overrides(made, words)
 
 
 def made_up(folder: Path, megabytes: float) -> str:

@@ -16,7 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.timing import Row, command, device_of, in_milliseconds, in_turn, names, numbers, parser, report_curve
+from benchmarks.timing import (
+    Row,
+    command,
+    device_of,
+    in_milliseconds,
+    in_turn,
+    names,
+    numbers,
+    parser,
+    report_curve,
+    with_overrides,
+)
 from data.mixed_batches import training_batches
 from training.compose import composed
 from training.job import open_run
@@ -108,10 +119,7 @@ def options(words: list[str] | None) -> Namespace:
     made.add_argument("--block", type=int, default=10, help="steps of an arm in a row")
     made.add_argument("--curve", choices=CURVES)
     made.add_argument("--values", type=numbers, help="of the curve; default: 1,2,4,8 as far as there are; 128 to 2048")
-    args, args.overrides = made.parse_known_args(words)
-    if strange := [word for word in args.overrides if "=" not in word]:
-        made.error(f"unknown: {' '.join(strange)}")
-    return args
+    return with_overrides(made, words)
 
 
 def points(args: Namespace, words: list[str]) -> list[tuple[Row, list[str]]]:

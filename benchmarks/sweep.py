@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.timing import Row, command, device_of, names, parser, report
+from benchmarks.timing import Row, command, device_of, names, parser, report, with_overrides
 from training.provenance import ROOT
 
 
@@ -38,10 +38,7 @@ def options(words: list[str] | None) -> Namespace:
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
     made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
     made.add_argument("--seeds", type=int, default=3)
-    args, args.overrides = made.parse_known_args(words)
-    if strange := [word for word in args.overrides if "=" not in word]:
-        made.error(f"unknown: {' '.join(strange)}")
-    return args
+    return with_overrides(made, words)
 
 
 def jobs_of(runs: Path, began: float) -> list[Row]:

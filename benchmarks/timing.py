@@ -39,6 +39,14 @@ def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentPar
     return made
 
 
+def with_overrides(made: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """The options, and as overrides what is left of the words, key=value of run.py. Leaves with status 2 for others."""
+    args, args.overrides = made.parse_known_args(words)
+    if strange := [word for word in args.overrides if "=" not in word]:
+        made.error(f"unknown: {' '.join(strange)}")
+    return args
+
+
 def names(text: str) -> list[str]:
     """Of an option a,b,c: words after it are overrides."""
     return text.split(",")

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from routers.fused import fused_on_gpu
+from routers.compiled import compiled_on_gpu
 
 STEPS = 16  # temperatures from 1 to COLDEST, of the scores' deviation
 COLDEST = 3e-4
@@ -44,7 +44,7 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     return prices, factor(rivalry(choice))
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def newton_step(rows: Tensor, real: Tensor, prices: Tensor, temperature: Tensor, cooling: float) -> Tensor:
     """Prices (G, E) that even demand out at temperature * cooling, to first order. temperature ()."""
     reduced = (rows - prices[:, None]) / temperature  # (G, N, E)

@@ -8,8 +8,8 @@ G groups, N rows, E experts
 import torch
 from torch import Tensor
 
+from routers.compiled import compiled_on_gpu
 from routers.even_prices import COLDEST, soft_choice, solved
-from routers.fused import fused_on_gpu
 
 FEEDBACK = (0.7, 0.5, 0.4, 0.3)  # share of the loads' error that is fed back into the prices; the best draw stays
 TREE_ROUNDS = 2
@@ -29,7 +29,7 @@ def round_evenly(rows: Tensor, real: Tensor, prices: Tensor, factor: Tensor, tar
     return rest_placed(rows, expert, target)
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def best_draw(rows: Tensor, real: Tensor, prices: Tensor, factor: Tensor, target: Tensor) -> Tensor:
     """The draw (G, N) with the most even loads; what was too much in one raises the price for the next."""
     best, fewest = None, None
@@ -61,7 +61,7 @@ def loads(expert: Tensor, experts: int) -> Tensor:
     return zeros.scatter_add(1, expert, torch.ones_like(expert))[:, :experts]
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def moved_along_a_tree(rows: Tensor, jitter: Tensor, expert: Tensor, target: Tensor) -> Tensor:
     """What is too much goes along the tree of cheapest moves between experts, on which there is but one way.
 
@@ -113,7 +113,7 @@ def tree_flow(tree: Tensor, excess: Tensor) -> Tensor:
     return ((potential[:, :, None] - potential[:, None]) * edges).round().long().clamp(min=0)
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def rest_placed(rows: Tensor, expert: Tensor, target: Tensor) -> Tensor:
     """Exact loads, whatever they were: each expert gives up what it has too much, what loses least; the places left
     are filled in order."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from routers.compiled import compiled_on_gpu
 from routers.even_prices import even_prices
 from routers.even_rounding import round_evenly
-from routers.fused import fused_on_gpu
 
 
 def fast_assignment(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _recorded(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Re
     return Recorded(graph, scores, real, expert, gaps)
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def standardised(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Column means (G, E), a scale (G, 1), and rows (G, N, E): scores less the means of columns and rows, which no
     assignment can change, over the scale."""
@@ -92,7 +92,7 @@ def standardised(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centres, scale, rows / scale[..., None]
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def alike_together(rows: Tensor, real: Tensor) -> Tensor:
     """(G, N) an order in which equal rows stand together and those not real last: by a fixed projection."""
     step = torch.arange(1, rows.shape[2] + 1, dtype=torch.float64, device=rows.device)
@@ -110,7 +110,7 @@ def shares(number: Tensor, prices: Tensor) -> Tensor:
     return number // experts + (rank < number % experts)
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def certified_gap(scores: Tensor, real: Tensor, expert: Tensor, prices: Tensor) -> Tensor:
     """(G,) float64: how far the value of expert (G, N) is from the bound at prices (G, E), see routers.assignment."""
     scores, prices, experts = scores.double(), prices.double(), scores.shape[2]

@@ -12,7 +12,7 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def fused_on_gpu(function: Callable[Given, Result]) -> Callable[Given, Result]:
+def compiled_on_gpu(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """function as it is on the CPU; compiled, once for each shape, if its first argument is a tensor on a GPU."""
 
     @cache
