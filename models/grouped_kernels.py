@@ -4,6 +4,9 @@ A rows, G groups, K and N the sides of a group's matrix. Tiles are BM rows of on
 """
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +17,7 @@ from models.fused import MAP_BLOCK, TILE_ROWS, most_tiles
 
 
 @triton.jit
-def _map_tiles(offsets, groups, rows, count, G: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+def _map_tiles(offsets, out, entries, G: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
     g = tl.arange(0, GP)
     real = g < G
     start = tl.load(offsets + g - 1, mask=(g > 0) & real, other=0)
@@ -24,22 +27,22 @@ def _map_tiles(offsets, groups, rows, count, G: tl.constexpr, GP: tl.constexpr, 
     group = tl.sum(earlier.to(tl.int32), 1)
     first = tl.sum(tl.where(earlier, tiles[None, :], 0), 1)
     begin = tl.sum(tl.where(g[None, :] == group[:, None], start[None, :], 0), 1)
-    tl.store(groups + entry, group)
-    tl.store(rows + entry, begin + (entry - first) * BM)
-    tl.store(count, tl.sum(tiles, 0))
+    tl.store(out + entry, group)
+    tl.store(out + entries + entry, begin + (entry - first) * BM)
+    tl.store(out + 2 * entries, tl.sum(tiles, 0))
 
 
 @triton.jit
 def _rows_by_group(
-    x, weight, y, hidden, offsets, groups, rows, count, N, K,
+    x, weight, y, hidden, offsets, tiles, entries, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(N, BN)
+    count, columns = tl.load(tiles + 2 * entries), tl.cdiv(N, BN)
     # one program a multiprocessor; flattened, so that a tile's loads begin while the one before is stored
-    for piece in tl.range(tl.program_id(0), tl.load(count) * columns, tl.num_programs(0), flatten=True):
+    for piece in tl.range(tl.program_id(0), count * columns, tl.num_programs(0), flatten=True):
         tile, n = piece // columns, (piece % columns) * BN
-        group, row = tl.load(groups + tile), tl.load(rows + tile)
+        group, row = tl.load(tiles + tile), tl.load(tiles + entries + tile)
         end = tl.load(offsets + group)
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for k in range(0, K, BK):
@@ -73,11 +76,36 @@ def _products_of_groups(a, b, out, offsets, M, N, BM: tl.constexpr, BN: tl.const
     tl.store(place, total.to(out.dtype.element_ty), mask=(r < M)[:, None] & (c < N)[None, :])
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **options: int) -> None:
+    """So many programs of a kernel. Triton looks at each argument of a call anew, which takes the host longer than a
+    small product takes the GPU: here that is done once for arguments of one kind."""
+    key = (kernel.__name__, torch.cuda.current_device(), *map(_kind, args))
+    if key in _compiled:
+        _compiled[key][(programs, 1, 1)](*args)
+    else:
+        _compiled[key] = kernel[(programs, 1, 1)](*args, **options)
+
+
+def _kind(arg: Any) -> Any:
+    """What Triton compiles another kernel for, or finer."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16
+    return (arg.base.dtype, *arg.block_shape) if isinstance(arg, TensorDescriptor) else arg
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def map_tiles(offsets: Tensor, num_rows: int) -> Tensor:
     """(3, n) int32: the group of each tile of BM rows, its first row, and, in [2, 0], how many tiles there are."""
     groups, entries = len(offsets), most_tiles(len(offsets), num_rows)
     out, padded = torch.empty(3, entries, dtype=torch.int32, device=offsets.device), triton.next_power_of_2(groups)
-    _map_tiles[(entries // MAP_BLOCK,)](offsets, out[0], out[1], out[2], groups, padded, TILE_ROWS, MAP_BLOCK)
+    _launch(_map_tiles, entries // MAP_BLOCK, offsets, out, entries, groups, padded, TILE_ROWS, MAP_BLOCK)
     return out
 
 
@@ -90,11 +118,11 @@ def rows_by_group(
     bm, bn, bk = TILE_ROWS, 256, 64
     read = TensorDescriptor.from_tensor(x, [bm, bk])
     part = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), [bn, bk] if transposed else [bk, bn])
-    looked_at = TensorDescriptor.from_tensor(y if hidden is None else hidden, [bm, bn])
+    looked_at = read if hidden is None else TensorDescriptor.from_tensor(hidden, [bm, bn])
     most = (triton.cdiv(num_rows, bm) + len(offsets)) * triton.cdiv(n, bn)
-    grid = (min(most, torch.cuda.get_device_properties(x.device).multi_processor_count),)
-    _rows_by_group[grid](
-        read, part, y, looked_at, offsets, *tiles, n, k,
+    _launch(
+        _rows_by_group, min(most, _multiprocessors(x.device)),
+        read, part, y, looked_at, offsets, tiles, tiles.shape[1], n, k,
         bm, bn, bk, transposed, relu, hidden is not None, num_warps=8, num_stages=3,
     )  # fmt: skip
     return y
@@ -106,6 +134,6 @@ def products_of_groups(a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype
     out = torch.empty(groups, m, n, dtype=dtype, device=a.device)
     bm, bn, bk = 128, 128, 32
     left, right = TensorDescriptor.from_tensor(a, [bk, bm]), TensorDescriptor.from_tensor(b, [bk, bn])
-    grid = (groups * triton.cdiv(m, bm) * triton.cdiv(n, bn),)
-    _products_of_groups[grid](left, right, out, offsets, m, n, bm, bn, bk, num_warps=4, num_stages=5)
+    programs = groups * triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    _launch(_products_of_groups, programs, left, right, out, offsets, m, n, bm, bn, bk, num_warps=4, num_stages=5)
     return out
