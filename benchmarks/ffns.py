@@ -48,7 +48,7 @@ class Problem:
         self.floor.load_state_dict({name: value[:1] for name, value in self.experts.state_dict().items()})
         self.routing = routing_of(tokens, experts, draws, device)
         self.plan = make_plan(self.routing.expert, experts)
-        self.path = choose_path("auto", device, self.dtype)
+        self.path = choose_path("auto", device, self.dtype, tokens * width * hidden)
         self.flops = 3 * tokens * self.experts.flops()  # forward and backward
 
     def dense(self, x: Tensor) -> Tensor:

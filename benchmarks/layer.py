@@ -70,7 +70,7 @@ def one_size(sizes: dict[str, int], args: Namespace, device: torch.device) -> li
                 raise
             absent[name] = f"not run: {type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
     if device.type == "cuda":  # without launches, which dominate small sizes
-        for name in (name for name in (DENSE, OURS, "grouped_mm, plan ahead") if name in steps):
+        for name in [name for name in steps if name == DENSE or name.endswith("plan ahead")]:
             steps[f"{name}, CUDA graph"] = recorded(steps[name])
     steps["making the plan"] = lambda: make_plan(problem.routing.expert, sizes["E"])
     inner = 1 if device.type == "cpu" else max(1, min(20, int(0.02 / measured(steps[DENSE], device, 5) * 5)))
@@ -104,6 +104,7 @@ def ways(problem: Problem, args: Namespace) -> dict[str, Callable[[], Way]]:
     """Name -> what makes it. On a GPU the floor and ours are compiled, as in a run."""
     compiled = torch.compile if problem.device.type == "cuda" else lambda f: f
     parameters = list(problem.experts.parameters())
+    another = "grouped_mm" if problem.path == "fused" else "fused"
 
     def ahead(x: Tensor) -> Tensor:
         return problem.ours(x, problem.plan)
@@ -111,15 +112,15 @@ def ways(problem: Problem, args: Namespace) -> dict[str, Callable[[], Way]]:
     def in_step(x: Tensor) -> Tensor:
         return problem.ours(x, None)
 
-    def by_grouped_mm(x: Tensor) -> Tensor:
-        return problem.ours(x, problem.plan, "grouped_mm")
+    def other(x: Tensor) -> Tensor:
+        return problem.ours(x, problem.plan, another)
 
     found = {
         DENSE: lambda: Way(compiled(problem.dense), list(problem.floor.parameters())),
         OURS: lambda: Way(compiled(ahead), parameters),
         "ours, plan ahead, eager": lambda: Way(ahead, parameters),
         "ours, plan in the step": lambda: Way(compiled(in_step), parameters),
-        "grouped_mm, plan ahead": lambda: Way(compiled(by_grouped_mm), parameters),
+        f"{another}, plan ahead": lambda: Way(compiled(other), parameters),
         "grouped_mm, sorted in the step": lambda: Way(problem.grouped, parameters),
         "loop over experts": lambda: Way(problem.loop, parameters),
         "transformers, grouped_mm": lambda: transformers_experts(problem),

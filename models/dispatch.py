@@ -3,6 +3,7 @@
 T tokens, A assignments, E experts, G groups of rows, D width
 """
 
+import math
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,13 +17,15 @@ from models.fused import Fused
 from routers.routing import Plan, Routing, make_plan
 
 PATHS = ("auto", "fused", "grouped_mm", "loop")
+SMALL = 2**34  # multiply-adds of a product on rows: below, launches take longer than the work, and fused's the longest
 
 
-def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which path runs; auto takes the first that can, in the order of PATHS. fused: in bf16 on a Hopper GPU or newer,
-    with Triton; grouped_mm: there, and in float32 on a CPU; loop: everywhere.
+def choose_path(wanted: str, device: torch.device, dtype: torch.dtype, work: float = math.inf) -> str:
+    """Which path runs; auto takes the first that can, in the order of PATHS, but fused only for work that is not SMALL.
+    fused: in bf16 on a Hopper GPU or newer, with Triton; grouped_mm: there, and in float32 on a CPU; loop: everywhere.
 
-    dtype: what the experts compute in. Raises ValueError for a path that does not exist there, or silently is slow.
+    dtype: what the experts compute in; work: tokens of a forward pass times D times F. Raises ValueError for a path
+    that does not exist there, or silently is slow.
     """
     good = dtype == torch.float32
     if device.type == "cuda":
@@ -31,7 +34,9 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     rules = {"fused": (fused, "bf16 on a Hopper GPU, and Triton")}
     rules["grouped_mm"] = good, "bf16 on a Hopper GPU or float32 on a CPU"
     if wanted == "auto":
-        return next((path for path, (can, _) in rules.items() if can), "loop")
+        if fused and work >= SMALL:
+            return "fused"
+        return "grouped_mm" if good else "loop"
     can, rule = rules.get(wanted, (True, ""))
     if not can:
         raise ValueError(f"model.dispatch={wanted} needs {rule}; got {dtype} on {device}")

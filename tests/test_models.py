@@ -201,6 +201,17 @@ def test_the_path_is_chosen_openly():
         choose_path("grouped_mm", cpu, torch.float64)
 
 
+def test_on_a_gpu_small_products_take_the_path_of_few_launches(monkeypatch):
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("models.dispatch.find_spec", lambda name: name == "triton")
+    assert choose_path("auto", gpu, bf16, 8192 * 512 * 2048) == "grouped_mm"
+    assert choose_path("auto", gpu, bf16, 32768 * 512 * 2048) == choose_path("auto", gpu, bf16) == "fused"
+    assert choose_path("fused", gpu, bf16, 8192 * 512 * 2048) == "fused"
+    monkeypatch.setattr("models.dispatch.find_spec", lambda name: None)
+    assert choose_path("auto", gpu, bf16) == "grouped_mm"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -113,7 +113,9 @@ def make_model(
     baseline: the trained model that settings.router["baseline"] names.
     """
     dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32
-    path = choose_path(settings.model.dispatch, device, dtype)
+    model, train = settings.model.scaled(), settings.train
+    tokens = (train.micro_batch or train.batch_size) * settings.data.sequence_length
+    path = choose_path(settings.model.dispatch, device, dtype, tokens * model.d_model * model.d_ff)
     router, read = router_maker(settings, prepared, baseline), source_length(settings, prepared)
     return _assembled(settings, prepared.vocab_size, router, path, baseline, read)
 
