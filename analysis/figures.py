@@ -147,6 +147,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
         )
         if known:
             cut |= arrows(axes, place, (row["difference_low"], row["difference_high"]), limits, look["color"], False)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.grid(axis="y", color="0.92", linewidth=0.5)

@@ -134,8 +134,8 @@ def _use(chosen: dict[str, str], runs: list[dict[str, Any]]) -> str:
     return "used" if all(used) else f"NOT used here by {used.count(False)} of {len(used)} runs"
 
 
-def write(runs: Path, results: Path, sweep: str) -> str:
-    """Write results/<scale>/<sweep>/ledger.csv; return what to print. ValueError as ledger."""
+def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
+    """Write results/<scale>/<sweep>/ledger.csv; return its rows to print, and what is open. ValueError as ledger."""
     scale, rows, left = ledger(runs, sweep)
     rows = [written(row) for row in rows]
     folder = results / scale / sweep
@@ -147,11 +147,10 @@ def write(runs: Path, results: Path, sweep: str) -> str:
     columns = [key for key in COLUMNS if key not in ("scale", "run", "at_edge")]
     shown = [{key: row[key] for key in columns} | {"chosen": "*" * row["chosen"]} for row in rows]
     edge = dict.fromkeys(row["arm"] for row in rows if row["at_edge"])
-    lines = [tabulate(shown, headers="keys", disable_numparse=True, missingval="")]
-    if left:
-        lines += ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)]
+    lines = ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)] if left else []
     lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]
-    return "\n".join([*lines, f"{folder / 'ledger.csv'}: tuned={folder / 'ledger.csv'} uses it in any sweep"])
+    lines += [f"{folder / 'ledger.csv'}: tuned={folder / 'ledger.csv'} uses it in any sweep"]
+    return tabulate(shown, headers="keys", disable_numparse=True, missingval=""), "\n".join(lines)
 
 
 def main() -> None:
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the ledger goes")
     try:
-        print(write(**vars(parser.parse_args())))
+        print(*write(**vars(parser.parse_args())), sep="\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"analysis.ledger: {error}\n")
 

@@ -19,25 +19,18 @@ from analysis.arms import declared, described, grouping, load
 from analysis.explain import explain
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
-from analysis.runs import Mirror, read_study
+from analysis.runs import Mirror, read_record, read_study
 from analysis.summary import summary
+from analysis.trials import report_trials
 from analysis.wandb_runs import mirrors
-
-REPLACED = {
-    "±": r"$\pm$",
-    "†": r"\dag{}",
-    "‡": r"\ddag{}",
-    "≈": r"$\approx$",
-    "◊": r"$\diamond$",
-    "§": r"\S{}",
-    "–": "--",
-}
 
 
 def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), curves: Path | None = None) -> str:
     """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished, or
     if curves, a file of public curves to lay under the figure, is none."""
     style, asked = load("style"), declared(name)
+    if any(cell.get("place") for cell in read_record(name, runs, places).cells):
+        return report_trials(runs, results, name, style)
     if curves and asked["figure"] != "against":
         raise ValueError(f"public curves lie under figures over a number in the labels; that of {name!r} is none")
     public = routing_curves(curves) if curves else None
@@ -73,7 +66,7 @@ def write_tables(folder: Path, style: dict, place: Path | None = None) -> tuple[
     head, lines = notes.header(runs), notes_of(runs, frame, style, asked, papers)
     brief = asked.get("brief", False)
     (folder / "table.md").write_text(f"{head}\n\n{small_tables(frame, papers, 'pipe')}\n\n```text\n{lines}\n```\n")
-    (folder / "table.tex").write_text(in_latex(head, small_tables(frame, papers, "latex_booktabs"), lines))
+    (folder / "table.tex").write_text(tables.in_latex(head, small_tables(frame, papers, "latex_booktabs"), lines))
     terminal = small_tables(frame, papers, "simple", brief)
     shown = notes_of(runs, frame, style, asked, papers, brief, place)
     return "\n\n".join([head, terminal, shown]), frame
@@ -106,14 +99,6 @@ def notes_of(
     lines += (runs["tuning"].iloc[0] or "no ledger at this scale: nothing was tuned").split("\n")
     folder = place or (runs["folder"].iloc[0] if "folder" in runs else "runs")
     return "\n".join(notes.folded(lines) + notes.bad_runs(runs, folder))
-
-
-def in_latex(head: str, body: str, lines: str) -> str:
-    """A fragment for \\input, which needs the package booktabs; the notes are comments."""
-    for sign, written in REPLACED.items():
-        body = body.replace(sign, written)
-    commented = "\n".join(f"% {line}" for line in [*head.split("\n"), "", *lines.split("\n")])
-    return f"{commented}\n{body}\n"
 
 
 def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:

@@ -15,6 +15,15 @@ from analysis.summary import LEAKS, TEXT_FIGURES
 
 UNSEPARATED, EQUIVALENT, ALONE, FLOOR, UNKNOWN = "†", "≈", "◊", "~", "§"
 WIDTH = 118  # of what is printed
+REPLACED = {  # by LaTeX
+    "±": r"$\pm$",
+    "†": r"\dag{}",
+    "‡": r"\ddag{}",
+    "≈": r"$\approx$",
+    "◊": r"$\diamond$",
+    "§": r"\S{}",
+    "–": "--",
+}
 
 
 def of_columns(
@@ -222,3 +231,11 @@ def human(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.{0 if count >= 100 * unit else 1}f}{name}"
     return f"{count:.0f}"
+
+
+def in_latex(head: str, body: str, lines: str) -> str:
+    """A fragment for \\input, which needs the package booktabs; the notes are comments."""
+    for sign, written in REPLACED.items():
+        body = body.replace(sign, written)
+    commented = "\n".join(f"% {line}" for line in [*head.split("\n"), "", *lines.split("\n")])
+    return f"{commented}\n{body}\n"

@@ -10,6 +10,7 @@ from test_config import ARMS, run_py
 from test_sweeps import plan_of
 
 from analysis import ledger
+from analysis.report import report
 from training.build import open_data
 from training.compose import composed
 from training.tuning import Space, settle, space_of, value_at
@@ -74,12 +75,14 @@ def record(tmp_path):
             tuned = {"tuned": arm, "place": place, "lr": 0.001 * 2 ** place[0], "knob": None, "value": None} | knob
             cells.append({"arm": name, "seed": 100, "run": name} | tuned)
     (runs / "sweeps").mkdir()
-    (runs / "sweeps" / "tune.json").write_text(json.dumps({"scale": "smoke", "cells": cells, "runs": []}))
+    (runs / "sweeps" / "tune.json").write_text(
+        json.dumps({"scale": "smoke", "command": [], "cells": cells, "runs": []})
+    )
     return runs
 
 
 def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path):
-    printed = ledger.write(record, tmp_path / "results", "tune")
+    printed = ledger.write(record, tmp_path / "results", "tune")[1]
     assert "switch: the best of 6 lies at an edge, 1 more to try" in printed
     path = tmp_path / "results" / "smoke" / "tune" / "ledger.csv"
     rows = list(csv.DictReader(path.read_text().splitlines()))
@@ -100,6 +103,19 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
     for dense, said in ((runs, "NOT used here by 1 of 3 runs"), ([{}], "of these runs not known")):
         assert ledger.notes(tmp_path / "results", "smoke", {"dense": dense}) == [f"{tried}, {said}"]
     assert ledger.notes(tmp_path / "results", "small", arms) == []
+
+
+def test_the_report_of_trials_has_a_row_an_arm_and_comes_again_to_the_byte(record, tmp_path):
+    printed = report("tune", record, tmp_path)
+    folder = tmp_path / "smoke" / "tune"
+    rows = [line.split("  ") for line in printed.splitlines() if line.startswith(("Dense", "Switch"))]
+    switch, dense = ([cell.strip() for cell in row if cell.strip()] for row in rows)
+    assert dense == ["Dense", "3", "0.002", "2.900", "inf"]  # the fixture's runs all bear the names of unchanged ones
+    assert switch == ["Switch", "6", "0.002", "router.load_balance_coef", "0.1", "2.500", "2.700", "more to try"]
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"ledger.csv", "table.md", "table.tex", "table.csv", "figure.png", "figure.pdf"} == made.keys()
+    report("tune", record, tmp_path)
+    assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def trials(**losses: list[float]) -> list[dict]:
@@ -131,7 +147,7 @@ def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_th
         cell = {"arm": "x", "seed": 100, "run": f"more-s100-{place}", "tuned": "switch", "place": [1, place]}
         cells["cells"].append(cell | {"lr": 0.002} | knob)
     (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
-    assert "switch: the best lies at an edge still, and no more are tried" in ledger.write(record, tmp_path, "tune")
+    assert "switch: the best lies at an edge still, and no more are tried" in ledger.write(record, tmp_path, "tune")[1]
     assert "(validation 1.800000 nats, still at an edge)" in ledger.notes(tmp_path, "smoke", {"switch": []})[0]
 
 

@@ -1,0 +1,115 @@
+"""The report of a sweep of trials: each arm's best, and how much its learning rate matters; from its ledger alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from analysis import ledger
+from analysis.arms import described
+from analysis.tables import in_latex, of_columns
+
+COLUMNS = {
+    "method": "method",
+    "trials": "trials",
+    "lr": "learning rate",
+    "knob": "knob",
+    "value": "its value",
+    "val_ce": "validation loss",
+    "at_scale": "at the scale's rate",
+    "note": "",
+}
+LEFT = tuple(list(COLUMNS).index(key) for key in ("method", "knob", "note"))
+FAR = 0.1  # nats above an arm's best that are drawn black
+
+
+def report_trials(runs: Path, results: Path, sweep: str, style: dict) -> str:
+    """Write ledger, table and figure to results/<scale>/<sweep>/; return what to print."""
+    folder = results / ledger.ledger(runs, sweep)[0] / sweep
+    left = ledger.write(runs, results, sweep)[1]
+    printed, rows = write_table(folder, style)
+    save_figure(rows, folder, style)
+    where = f"table   {folder}/table.md, table.tex, table.csv\nfigure  {folder}/figure.png, figure.pdf"
+    return f"{printed}\n\n{left}\n{where}"
+
+
+def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
+    """table.csv, table.md and table.tex from folder/ledger.csv alone; what to print, and the ledger as a frame."""
+    rows = pd.read_csv(folder / "ledger.csv", dtype={"run": str})
+    table = best_trials(rows, style)
+    table.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
+    seeds = ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))
+    head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, seed {seeds}"
+    lines = "validation loss: nats per token, of the best trial so far and of the one with nothing changed"
+    headers, cells = [*COLUMNS.values()], [[_text(key, row[key]) for key in COLUMNS] for _, row in table.iterrows()]
+    made = {form: of_columns(cells, headers, form, LEFT) for form in ("pipe", "latex_booktabs", "simple")}
+    (folder / "table.md").write_text(f"{head}\n\n{made['pipe']}\n\n{lines}\n")
+    (folder / "table.tex").write_text(in_latex(head, made["latex_booktabs"], lines))
+    return f"{head}\n\n{made['simple']}\n\n{lines}", rows
+
+
+def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
+    """A row an arm. Losses are means over the seeds that tried a place."""
+    arms, lines = described(rows["arm"], style), []
+    for arm, found in rows.groupby("arm", sort=False):
+        own: Any = found.assign(place=list(zip(found["lr"], found["value"].fillna(0.0))))
+        losses = own.groupby("place")["val_ce"].mean().to_dict()
+        chosen = own.loc[own["chosen"], "place"].tolist()
+        lr, value = place = chosen[0] if chosen else min(losses, key=lambda place: losses[place])
+        knob = own["knob"].iloc[0] if own["knob"].notna().any() else None
+        note = "more to try" if not chosen else "at an edge" if own["at_edge"].any() else ""
+        line = {"method": arms[str(arm)].label, "trials": len(own), "lr": lr, "knob": knob}
+        line |= {
+            "value": value if knob else None,
+            "val_ce": losses[place],
+            "at_scale": unchanged(own)["val_ce"].mean(),
+            "note": note,
+        }
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def unchanged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The trials of nothing but what the scale and the router's yaml say: the names of others tell their number."""
+    return rows.loc[[run.startswith(f"{arm}-s") for run, arm in zip(rows["run"], rows["arm"])]]
+
+
+def _text(key: str, cell: Any) -> str:
+    if cell is None or cell != cell:
+        return ""
+    if key in ("val_ce", "at_scale"):
+        return f"{cell:.3f}"
+    return f"{cell:g}" if isinstance(cell, float) else str(cell)
+
+
+def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
+    """Of each arm how far the best trial of each rate lies above its best, the best as a star; the same bytes again."""
+    arms = described(rows["arm"], style)
+    with rc_context(style["matplotlib"]):
+        figure = Figure(figsize=(3.4, 1.2 + 0.15 * len(arms)))
+        axes = figure.subplots()
+        for place, arm in enumerate(arms):
+            losses: Any = rows.loc[rows["arm"] == arm].groupby("lr")["val_ce"].min()
+            grey = Normalize(-0.2 * FAR, FAR, clip=True)(losses - losses.min())
+            look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "edgecolors": "0.4", "linewidths": 0.4}
+            axes.scatter(losses.index * 1e3, [place] * len(losses), 14, grey, **look)
+            axes.plot(losses.idxmin() * 1e3, place, "*", color="#D55E00", markersize=7)
+        axes.set_yticks(range(len(arms)), [arm.label for arm in arms.values()])
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.set_xscale("log", base=2)
+        axes.margins(x=0.06)
+        usual = 1e3 * unchanged(rows)["lr"].median()
+        steps = np.log2(1e3 * rows["lr"] / usual)
+        axes.set_xticks(usual * 2.0 ** np.arange(np.ceil(steps.min() - 0.01), np.floor(steps.max() + 0.01) + 1))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("learning rate (thousandths)")
+        told = f"star: the best; dots: the darker, the further above it, black from {FAR:g} nats on"
+        figure.supxlabel(told, fontsize=6)
+        figure.savefig(folder / "figure.png", metadata={"Software": None})
+        figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
