@@ -152,7 +152,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.grid(axis="y", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"test loss minus that of\n{broken(reference_of(frame))}\n(nats per token)")
+    axes.set_xlabel(broken(f"test loss minus that of {reference_of(frame)} (nats\u00a0per\u00a0token)", 26))
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
     told = ("; arrows: beyond the axis" if cut else "") + ("\nhollow: published, in its own setting" if theirs else "")
     explain(figure, f"{bars}n = {numbers(rows['n'])}{told}")
