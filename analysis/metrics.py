@@ -10,6 +10,7 @@ import pandas as pd
 
 CURVE = ["step", "tokens", "seconds", "val/ce", "val/tokens"]  # seconds of training; validation tokens that were read
 VALIDATION = '"val/ce"'
+FIGURES = {key: re.compile(rf'/{key}": ([-+.\de]+)') for key in ("assignment_gap", "dropped", "max_over_mean")}
 STEP = re.compile(r'^\{"step": (\d+),.*\}$', re.MULTILINE)
 
 
@@ -36,6 +37,18 @@ class Metrics(NamedTuple):
         """A row a validation, of CURVE. Of a step that was validated twice the later line counts."""
         rows = {line["step"]: [line.get(key) for key in CURVE] for line in self.lines(VALIDATION)}
         return pd.DataFrame([row for _, row in sorted(rows.items())], columns=CURVE)
+
+    def routing(self) -> dict[str, float]:
+        """Of all layers and lines the largest certified gap and share of dropped assignments, and in the last line that
+        has it the fullest expert over the mean, as route/<figure>. What was not logged is left out."""
+        last = next((line for line in reversed(self.written) if '/max_over_mean": ' in line), "")
+        text, found = "\n".join(self.written), {}
+        for key, pattern in FIGURES.items():
+            everywhere = key != "max_over_mean" and f'/{key}": ' in last  # a router logs the same figures at each step
+            logged = pattern.findall(text if everywhere else last)
+            if logged:
+                found[f"route/{key}"] = max(map(float, logged))
+        return found
 
 
 def read_metrics(folder: Path) -> Metrics:

@@ -35,6 +35,16 @@ OF_EXPERTS = (
     "model.sparse_layers",
 )  # settings of no use to an arm without experts
 
+LOGGED = {  # figure of metrics.routing: what it is, its form, and how the runs of an arm make one
+    "assignment_gap": (
+        "certified gap of the assignment, over tokens times the scores' deviation, at most",
+        ".1e",
+        "max",
+    ),
+    "dropped": ("assignments dropped for want of capacity, in a logged step at most", ".1%", "max"),
+    "max_over_mean": ("tokens of the fullest expert over the mean, last logged step, mean over runs", ".1f", "mean"),
+}
+
 
 def header(runs: pd.DataFrame) -> str:
     """Which comparison, on what text, how much of it, which seeds, on what device."""
@@ -176,6 +186,7 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
     lines = [f"leak, declared by the router ({leak}): {'; '.join(names)}" for leak, names in declared.items()]
     if declared:
         lines.append("  (python -m routers.certify router=NAME checks what a router declares; a report does not)")
+    lines += logged(counted, labels)
     for column in [column for column in runs if column.startswith(SETTING)]:
         key = column.removeprefix(SETTING)
         if key in asked.get("varies", []):
@@ -190,6 +201,17 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
         most = max(values.values(), key=list(values.values()).count)
         others = [f"{labels[arm]} {value}" for arm, value in values.items() if value not in (most, "")]
         lines += [f"not equal: {key} is {most}, but " + "; ".join(others)] if others else []
+    return lines
+
+
+def logged(counted: pd.DataFrame, labels: dict[str, str]) -> list[str]:
+    """What the runs' own steps said of assignments and loads: an arm's largest gap and share dropped, its mean load."""
+    lines = []
+    for key, (said, form, how) in LOGGED.items():
+        if f"route/{key}" in counted:
+            of_arm: Any = counted.groupby("arm", sort=False)[f"route/{key}"].agg(how).dropna()
+            shown = [f"{labels[arm]} {value:{form}}" for arm, value in of_arm.items() if key != "dropped" or value > 0]
+            lines += [f"{said}: {'; '.join(shown)}"] if shown else []
     return lines
 
 

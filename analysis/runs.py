@@ -45,7 +45,7 @@ class Study(NamedTuple):
     scale: str
     command: str  # that started the sweep
     # A row a run, in job order: id, arm, seed, outcome (finished, diverged, failed, running, stopped, missing,
-    # unreadable or one of COMPARABLE's), why, flaws, then what result.json holds, code and device.
+    # unreadable or one of COMPARABLE's), why, flaws, then what result.json holds, code, device and metrics.routing's.
     runs: pd.DataFrame
     counted: pd.DataFrame  # the rows of runs that enter means: the finished
     curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, and metrics.CURVE (nats per token)
@@ -77,6 +77,10 @@ def read_study(
         outcomes = Counter(runs["outcome"]).items()
         listed = ", ".join(f"{n} {outcome}" for outcome, n in outcomes) or "none listed"
         raise ValueError(f"nothing to report yet: no run of {name!r} has finished ({listed})")
+    logged = [
+        found[run].metrics.routing() if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])
+    ]
+    runs = pd.concat([runs, pd.DataFrame(logged, index=runs.index)], axis="columns")
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
     curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])

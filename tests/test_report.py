@@ -259,6 +259,28 @@ def test_notes_say_what_curves_are_over_which_weights_and_what_was_priced(tmp_pa
     assert "run.py -m sweeps=quickstart 'data.folder=my talk' scale=small" in printed
 
 
+def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
+    """The largest gap and drop of any step, layer and seed; the last load, of the fullest layer, as the seeds' mean."""
+    runs = tmp_path / "runs"
+    folders = [write_run(runs, arm, seed, 5.3) for arm in ("dense", "base") for seed in (0, 1)]
+    for seed, folder in enumerate(folders[2:]):
+        path = folder / "metrics.jsonl"
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in (line for line in steps if "train/ce" in line):
+            gap = {20: 3e-4, 40: math.nan}.get(line["step"], 1e-5)
+            line |= {"route/1/assignment_gap": gap / (1 + seed), "route/1/dropped": 0.25 * (line["step"] == 60)}
+            line |= {"route/3/dropped": 0.0, "route/3/max_over_mean": 2.5 + seed if line["step"] == 200 else 9.0}
+        path.write_text("".join(json.dumps(line) + "\n" for line in steps))
+    for folder in folders[:2]:
+        path = folder / "metrics.jsonl"
+        path.write_text(path.read_text().replace(', "route/1/max_over_mean": 1.5', ""))
+    write_sweep(runs, folders)
+    printed = report("quickstart", runs, tmp_path / "results").replace("\n  ", " ")
+    assert "over tokens times the scores' deviation, at most: BASE 3.0e-04\n" in printed
+    assert "dropped for want of capacity, in a logged step at most: BASE 25.0%\n" in printed
+    assert "of the fullest expert over the mean, last logged step, mean over runs: BASE 3.0\n" in printed
+
+
 def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path):
     runs = tmp_path / "runs"
     folders = [write_run(runs, "dense", seed, 5.3) for seed in (0, 1)]
