@@ -14,7 +14,7 @@ from analysis.figures import explain, numbers, token_unit
 from analysis.inside import Evaluation
 from analysis.layout import broken, legend_inside_or_above
 
-MOST_CURVES, MOST_MAPS, MOST_TOKENS = 10, 6, 24
+MOST_CURVES, MOST_BANDS, MOST_MAPS, MOST_TOKENS = 10, 4, 8, 16
 NAME = 9  # letters of a token in a map
 
 
@@ -27,11 +27,13 @@ def save_figures(
     folder: Path,
 ) -> list[str]:
     """Draw folder/explain_<name>.png and .pdf and return the names. Curves are of the first MOST_CURVES arms with
-    experts in the order of figures, maps of the first MOST_MAPS; evaluations: of one run an arm."""
-    every = list(figures.loc[figures["quantity"] == "load", "arm"].unique())
+    experts, maps of the first MOST_MAPS, one of each method before a second; evaluations: of one run an arm."""
+    every = _methods_first(list(figures.loc[figures["quantity"] == "load", "arm"].unique()), arms)
     routed = every[:MOST_CURVES]
-    few = f"\nthe first {len(routed)} of {len(every)} arms with experts" if len(routed) < len(every) else ""
-    lines = {arm: {**arms[arm].look, "label": arms[arm].label} for arm in routed}
+    few = f"\n{len(routed)} of {len(every)} arms with experts" if len(routed) < len(every) else ""
+    bands = len(routed) <= MOST_BANDS  # of more, one hides the other
+    lines = {arm: {**arms[arm].look, "label": arms[arm].label, "band": bands} for arm in routed}
+    of_bands = "; bands: ± 1 standard deviation" if bands else ""
     seeds = numbers(figures.loc[figures["arm"].isin(routed)].groupby("arm")["seed"].nunique())
     draw = {"frequency": _frequency, "load": _load, "settling": _settling}
     drawn = []
@@ -42,11 +44,19 @@ def save_figures(
             if plot(axes, figures, lines, pairs):
                 legend_inside_or_above(figure, axes)
                 under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
-                explain(figure, f"lines: mean over seeds (n = {seeds}); bands: ± 1 standard deviation{under}{few}")
+                explain(figure, f"lines: mean over seeds (n = {seeds}){of_bands}{under}{few}")
                 _save(figure, folder, name)
                 drawn.append(name)
         _save(_maps({arm: evaluations[arm] for arm in every[:MOST_MAPS]}, arms, len(every)), folder, "map")
     return [*drawn, "map"]
+
+
+def _methods_first(names: list[str], arms: dict[str, Arm]) -> list[str]:
+    """In their order, but what is a method's second, third, ... behind all that are a first, second, ..."""
+    methods, ranks = [arms[name].method for name in names], {}
+    for place, name in enumerate(names):
+        ranks[name] = methods[:place].count(methods[place])
+    return sorted(names, key=lambda name: ranks[name])
 
 
 def _named(pairs: dict[str, str], lines: dict, arms: dict[str, Arm]) -> str:
@@ -70,11 +80,15 @@ def _load(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, str])
     loads = figures.loc[figures["quantity"] == "load"]
     for arm, look in lines.items():
         own = loads.loc[loads["arm"] == arm].groupby(["seed", "place"])["value"].mean()  # over layers
-        _line(axes, own, look, shift=1)
-    bound = figures.loc[figures["quantity"] == "bound", "value"].min()
-    axes.axhline(bound, color="0.35", linewidth=0.7, linestyle=":", label="least for a token table's fullest")
+        own.index = own.index.set_levels((own.index.levels[1] + 0.5) / (own.index.levels[1].max() + 1), level=1)
+        _line(axes, own, look)
+    bounds = figures.loc[figures["quantity"] == "bound", "value"]
+    if bounds.max() - bounds.min() < 0.005:  # else arms have different numbers of experts, and the text says each one's
+        axes.axhline(
+            bounds.min(), color="0.35", linewidth=0.7, linestyle=":", label="least for a token table's fullest"
+        )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("expert, from the fullest to the emptiest")
+    axes.set_xlabel("share of experts, from the fullest on")
     axes.set_ylabel("load over the mean load")
     return True
 
@@ -96,10 +110,11 @@ def _settling(axes: Axes, figures: pd.DataFrame, lines: dict, pairs: dict[str, s
 
 
 def _line(axes: Axes, values: pd.Series, look: dict[str, Any], shift: int = 0) -> None:
-    """Mean over seeds and a band of one standard deviation of values, indexed by (seed, place)."""
+    """Mean over seeds and, if look says so, a band of one standard deviation of values, indexed by (seed, place)."""
     by_seed = values.unstack("seed").dropna()
     mean, deviation, x = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0.0), by_seed.index.to_numpy() + shift
-    axes.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.2, linewidth=0)
+    if look["band"]:
+        axes.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.2, linewidth=0)
     shape = {key: look[key] for key in ("color", "dashes", "label", "marker")}
     axes.plot(x, mean, linewidth=1.1, markersize=2.8, markevery=max(1, len(x) // 8), **shape)
 
@@ -125,7 +140,7 @@ def _maps(evaluations: dict[str, Evaluation], arms: dict[str, Arm], count: int) 
         axes.tick_params(length=0)
         axes.set_xlabel(f"{share.shape[1]} experts", fontsize=6.5)
     figure.supylabel("most frequent tokens", fontsize=7)
-    few = f"the first {len(evaluations)} of {count} arms with experts; " if len(evaluations) < count else ""
+    few = f"{len(evaluations)} of {count} arms with experts; " if len(evaluations) < count else ""
     explain(figure, f"{few}one run each, the last sparse layer")
     figure.colorbar(
         grid[0, 0].images[0], ax=grid, location="bottom", shrink=0.6, aspect=30, label="share of a token's assignments"

@@ -111,7 +111,10 @@ def losses(runs: Any) -> dict[str, float]:
 
 
 def costs(runs: Any) -> dict[str, float]:
-    return {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
+    """Means; of the time to the reference's loss over the runs that came to it, and how many those are."""
+    row = {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
+    waited = runs["seconds_to_reference"].astype(float)
+    return row | {"seconds_to_reference": waited.mean(), "reached": int(waited.notna().sum())}
 
 
 def mean_of_all(runs: Any, column: str) -> float:

@@ -145,6 +145,7 @@ def costs(frame: pd.DataFrame, form: str) -> str:
         cells = [row["label"], parameters, over[0], human(row["flops_per_token"]), over[1]]
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
         until = given(row["seconds_to_reference"], ",.0f") or ("never" if row["timed_arm"] else "")
+        until += f" ({row['reached']} of {row['n']})" if 0 < row["reached"] < row["n"] else ""
         rows.append([*cells, given(row["train_seconds"], ",.0f"), until])
     return of_columns(rows, headers, form)
 

@@ -31,7 +31,7 @@ COLUMNS = ["id", "arm", "seed", "outcome"]
 class Verdict(NamedTuple):
     claim: str
     says: str
-    verdict: str  # supported, contradicted, not separated, cannot be told or not run; of these, what for in brackets
+    verdict: str  # supported, contradicted, not separated or not run; of these, what for in brackets
     p: float  # after Holm's correction
     parts: list[Outcome]
 
@@ -84,7 +84,7 @@ def _verdict(outcomes: list[Outcome], sides: tuple[float, float], p: float, leve
         return "not run" + (" (diverged)" if any(each.diverged for each in outcomes) else "")
     if not p < level:
         if any(each.blind for each in outcomes):
-            return "cannot be told (noise floor)"
+            return "not separated (noise floor)"
         return "not separated" + (" (below noise floor)" if any(each.below_floor for each in outcomes) else "")
     return "supported" if sides[0] < sides[1] else "contradicted"
 

@@ -29,10 +29,11 @@ STATES = ("done", "running", "failed", "left")
 
 
 class Standing(NamedTuple):
-    """Of one sweep. runs: run -> how it stands, and seconds still needed; wrong: a line about what is invalid."""
+    """Of one sweep. runs: run -> how it stands, and seconds still needed if they can be told; wrong: lines on what is
+    invalid."""
 
     name: str
-    runs: dict[str, tuple[str, float]]
+    runs: dict[str, tuple[str, float | None]]
     wrong: list[str]
 
 
@@ -55,16 +56,18 @@ def standing_of(name: str, words: list[str]) -> Standing:
             alike = counted(settings)
             costs[alike] = costs.get(alike) or cost(settings, run)
             assert pace is not None
-            runs[key] = state, pace.seconds(settings, costs[alike])[0] or 0.0
+            runs[key] = state, pace.seconds(settings, costs[alike])[0]
     errors = plan.errors()
     wrong = [f"{name}: {len(errors)} of {len(plan.jobs)} jobs are invalid: {errors[0]}"] if errors else []
     return Standing(name, runs, wrong)
 
 
-def row(name: str, runs: dict[str, tuple[str, float]]) -> list[str | int]:
+def row(name: str, runs: dict[str, tuple[str, float | None]]) -> list[str | int]:
     states = Counter(state for state, _ in runs.values())
-    needed = sum(seconds for _, seconds in runs.values())
-    return [name, len(runs), *(states[state] for state in STATES), duration(needed) if needed else ""]
+    needed = sum(seconds or 0.0 for _, seconds in runs.values())
+    unknown = sum(seconds is None for _, seconds in runs.values())
+    parts = [duration(needed)] * (needed > 0) + [f"{unknown} of unknown length"] * (unknown > 0)
+    return [name, len(runs), *(states[state] for state in STATES), " and ".join(parts)]
 
 
 def overview(words: list[str], names: Sequence[str] = ()) -> str:

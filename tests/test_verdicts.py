@@ -404,7 +404,7 @@ def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_
 
 @pytest.mark.parametrize(
     ("apart", "verdict"),
-    [(0.0, "cannot be told (noise floor)"), (0.004, "cannot be told (noise floor)"), (0.1, "contradicted")],
+    [(0.0, "not separated (noise floor)"), (0.004, "not separated (noise floor)"), (0.1, "contradicted")],
 )
 def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_the_margin(
     trained, tmp_path, apart, verdict
