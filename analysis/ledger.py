@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
-COLUMNS += ("chosen", "at_edge")
+COLUMNS += ("chosen", "at_edge", "outcome")
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 
@@ -35,26 +34,26 @@ def edges(results: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
 
 def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]]:
     """The scale, a row a trial as in COLUMNS, and what is open. An arm's best trial is chosen once all have ended and
-    no seed's best lies at an edge with fewer than MOST tried. ValueError if the sweep has no record or no trials."""
-    path = runs / "sweeps" / f"{sweep}.json"
-    if not path.exists():
-        raise ValueError(f"no sweep {sweep!r} was run into {runs}; python run.py -m sweeps={sweep} does it")
-    record = json.loads(path.read_text())
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for cell in record["cells"]:
+    no seed's best lies at an edge with fewer than MOST tried; one of other code, data or budget than most does not
+    count. ValueError if the sweep has no record or no trials."""
+    from analysis.runs import read_record, read_runs  # pandas, of which planning a sweep has no need
+
+    record, arms = read_record(sweep, runs), {}
+    for cell, run in zip(record.cells, read_runs(record, runs)[0].to_dict("records")):
         if cell.get("place"):
-            arms.setdefault(cell["tuned"], []).append(cell | {"val_ce": _validation(runs / cell["run"])})
+            loss = {"finished": run.get("val/ce"), "diverged": math.inf}.get(run["outcome"])
+            arms.setdefault(cell["tuned"], []).append(cell | {"val_ce": loss, "outcome": run["outcome"]})
     if not arms:
-        raise ValueError(f"{path} has no trials: it is no sweep of trial=all")
+        raise ValueError(f"the sweep {sweep!r} has no trials: it is no sweep of trial=all")
     rows, left = [], []
     for arm, cells in arms.items():
         best, at_edge, why = choose(cells)
         left += [f"{arm}: {why}"] if why else []
         for number, cell in enumerate(cells):
-            own = {key: cell[key] for key in ("lr", "knob", "value", "seed", "run", "val_ce")}
-            own |= {"scale": record["scale"], "arm": arm, "trial": number, "chosen": best == tuple(cell["place"])}
+            own = {key: cell[key] for key in ("lr", "knob", "value", "seed", "run", "val_ce", "outcome")}
+            own |= {"scale": record.scale, "arm": arm, "trial": number, "chosen": best == tuple(cell["place"])}
             rows.append({key: (own | {"at_edge": own["chosen"] and at_edge})[key] for key in COLUMNS})
-    return record["scale"], rows, left
+    return record.scale, rows, left
 
 
 def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, str]:
@@ -64,7 +63,7 @@ def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, s
     for cell in cells:
         if cell["val_ce"] is None:
             left = sum(each["val_ce"] is None for each in cells)
-            return None, False, f"{left} of {len(cells)} trials have not ended"
+            return None, False, f"{left} of {len(cells)} trials have not ended, or do not count"
         losses.setdefault(cell["seed"], {})[tuple(cell["place"])] = cell["val_ce"]
     if further := sum(len(beyond(own)) for own in losses.values()):  # each seed goes on by itself, as sweeps.plan does
         return None, False, f"the best of {len(cells)} lies at an edge, {further} more to try"
@@ -74,13 +73,6 @@ def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, s
     if math.isinf(means[best]):
         return None, False, "no trial finished"
     return best, bool(edges(means)), ""
-
-
-def _validation(folder: Path) -> float | None:
-    """A run's validation loss, infinite if it diverged; None while it has no result."""
-    path = folder / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else None
-    return None if result is None else result["val/ce"] if result["outcome"] == "finished" else math.inf
 
 
 def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs: Path | None = None) -> list[str]:
@@ -144,7 +136,7 @@ def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    columns = [key for key in COLUMNS if key not in ("scale", "run", "at_edge")]
+    columns = [key for key in COLUMNS if key not in ("scale", "run", "at_edge", "outcome")]
     shown = [{key: row[key] for key in columns} | {"chosen": "*" * row["chosen"]} for row in rows]
     edge = dict.fromkeys(row["arm"] for row in rows if row["at_edge"])
     lines = ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)] if left else []

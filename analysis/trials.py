@@ -46,9 +46,12 @@ def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
     seeds = ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))
     head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, seed {seeds}"
     lines = "validation loss: nats per token, of the best trial so far and of the one with nothing changed"
+    apart = rows.loc[~rows["outcome"].isin(["finished", "diverged"])]
+    lines += "\ntrials that count for nothing, and keep their arm open:" if len(apart) else ""
+    lines += "".join(f"\n  {run}: {outcome}" for run, outcome in zip(apart["run"], apart["outcome"]))
     headers, cells = [*COLUMNS.values()], [[_text(key, row[key]) for key in COLUMNS] for _, row in table.iterrows()]
     made = {form: of_columns(cells, headers, form, LEFT) for form in ("pipe", "latex_booktabs", "simple")}
-    (folder / "table.md").write_text(f"{head}\n\n{made['pipe']}\n\n{lines}\n")
+    (folder / "table.md").write_text(f"{head}\n\n{made['pipe']}\n\n```text\n{lines}\n```\n")
     (folder / "table.tex").write_text(in_latex(head, made["latex_booktabs"], lines))
     return f"{head}\n\n{made['simple']}\n\n{lines}", rows
 
@@ -58,7 +61,7 @@ def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
     arms, lines = described(rows["arm"], style), []
     for arm, found in rows.groupby("arm", sort=False):
         own: Any = found.assign(place=list(zip(found["lr"], found["value"].fillna(0.0))))
-        losses = own.groupby("place")["val_ce"].mean().to_dict()
+        losses = own.groupby("place")["val_ce"].mean().fillna(np.inf).to_dict()
         chosen = own.loc[own["chosen"], "place"].tolist()
         lr, value = place = chosen[0] if chosen else min(losses, key=lambda place: losses[place])
         knob = own["knob"].iloc[0] if own["knob"].notna().any() else None

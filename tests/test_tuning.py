@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, compose_config
@@ -59,6 +61,16 @@ def test_the_best_at_an_edge_asks_for_its_neighbours_beyond():
     assert ledger.beyond(many) == []  # the budget is spent
 
 
+def write_trial(folder: Path, loss: float | None, **result) -> None:
+    """One that ended: finished with this validation loss, or diverged at None."""
+    folder.mkdir(parents=True)
+    outcome = {"outcome": "diverged"} if loss is None else {"outcome": "finished", "val/ce": loss, "test/ce": loss}
+    about = {"step": 9, "tokens": 90, "data_fingerprint": "same"}
+    (folder / "result.json").write_text(json.dumps(outcome | about | result))
+    origin = {"git": {"commit": "a" * 40, "dirty": None}, "device": "Some CPU"}
+    (folder / "provenance.json").write_text(json.dumps(origin))
+
+
 @pytest.fixture
 def record(tmp_path):
     """Four trials of switch by two numbers, the best (1, 1) at 2.5 nats, at the knob's edge; dense settled at (1,)."""
@@ -68,9 +80,7 @@ def record(tmp_path):
     for arm, results in losses.items():
         for place, loss in results.items():
             name = f"{arm}-s100-{len(cells):08x}"
-            (runs / name).mkdir(parents=True)
-            result = {"outcome": "diverged"} if loss is None else {"outcome": "finished", "val/ce": loss}
-            (runs / name / "result.json").write_text(json.dumps(result))
+            write_trial(runs / name, loss)
             knob = {"knob": "router.load_balance_coef", "value": [0.01, 0.1][place[1]]} if len(place) > 1 else {}
             tuned = {"tuned": arm, "place": place, "lr": 0.001 * 2 ** place[0], "knob": None, "value": None} | knob
             cells.append({"arm": name, "seed": 100, "run": name} | tuned)
@@ -118,6 +128,28 @@ def test_the_report_of_trials_has_a_row_an_arm_and_comes_again_to_the_byte(recor
     assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_trials_that_failed_or_are_of_other_data_or_budget_choose_nothing_and_are_named(record, tmp_path):
+    """The other data's loss is the lowest of its arm; without its best trial dense has its second as the best."""
+    folders = {place: next(record.glob(f"{arm}-s100-*{place}")) for arm, place in (("switch", 3), ("dense", 7))}
+    for place, other in ((3, {"data_fingerprint": "other"}), (7, {"outcome": "failed"})):
+        shutil.rmtree(folders[place])
+        write_trial(folders[place], 2.0, **other)
+    (folders[7] / "result.json").unlink()
+    (folders[7] / "error.txt").write_text("ValueError: no")
+    printed = report("tune", record, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "smoke" / "tune" / "ledger.csv").read_text().splitlines()))
+    assert {row["chosen"] for row in rows} == {"False"}
+    assert [row["val_ce"] for row in rows if row["outcome"] not in ("finished", "diverged")] == ["", ""]
+    table = (tmp_path / "smoke" / "tune" / "table.md").read_text()
+    for text in (printed, table):
+        assert f"  {folders[3].name}: other data\n  {folders[7].name}: failed" in text
+    best = {
+        row["method"]: row
+        for row in csv.DictReader((tmp_path / "smoke" / "tune" / "table.csv").read_text().splitlines())
+    }
+    assert (best["Dense"]["lr"], best["Dense"]["val_ce"], best["Switch"]["val_ce"]) == ("0.001", "3", "2.6")
+
+
 def trials(**losses: list[float]) -> list[dict]:
     """By seed s<n>: losses of the places (0,), (1,), ..."""
     return [
@@ -139,10 +171,7 @@ def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_th
     assert ledger.choose(trials(s100=[3.0 - place / 10 for place in range(ledger.MOST)])) == ((11,), True, "")
     cells = json.loads((record / "sweeps" / "tune.json").read_text())
     for place in range(2, 2 + ledger.MOST - 6):
-        (record / f"more-s100-{place}").mkdir()
-        (record / f"more-s100-{place}" / "result.json").write_text(
-            json.dumps({"outcome": "finished", "val/ce": 2.5 - place / 10})
-        )
+        write_trial(record / f"more-s100-{place}", 2.5 - place / 10)
         knob = {"knob": "router.load_balance_coef", "value": 10.0**place}
         cell = {"arm": "x", "seed": 100, "run": f"more-s100-{place}", "tuned": "switch", "place": [1, place]}
         cells["cells"].append(cell | {"lr": 0.002} | knob)
@@ -154,8 +183,7 @@ def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_th
 def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(record, tmp_path):
     cells = json.loads((record / "sweeps" / "tune.json").read_text())
     wider = record / "switch-s100-ffffffff"
-    wider.mkdir()
-    (wider / "result.json").write_text('{"outcome": "finished", "val/ce": 2.55}')
+    write_trial(wider, 2.55)
     beyond = {"tuned": "switch", "place": [1, 2], "lr": 0.002, "knob": "router.load_balance_coef", "value": 1.0}
     cells["cells"].append({"arm": "x", "seed": 100, "run": wider.name} | beyond)
     (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
