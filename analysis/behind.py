@@ -32,6 +32,7 @@ TEXTS = (
     "flaws",
     "leaks",
     "code",
+    "own_files",
     "device",
 )
 TEXTS += ("data_fingerprint", "run_command", "commit", "dirty", "python", "versions", "precision", "dispatch")

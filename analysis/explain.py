@@ -25,11 +25,12 @@ BY_COMPANY = """\
 The same after tokens by what is in their expert: heavy, the most frequent that make up a tenth of the
 text; shared, others whose expert a heavy token has too; apart, the rest. In brackets their share of the text."""
 BY_LAYER = """\
-Load of the fullest expert over the mean, beside the least that a table of tokens could have on this text;
-idle: experts with less than a tenth of the mean; explained: I(expert; token) / H(expert), how much of the choice the
-token id explains, and by chance the same if experts were dealt to tokens at random; settled: share of assignments at a
-validation that the one before it made too, at the first that has one before it, halfway and at the last;
-of a router of random draws it says nothing, for evaluation repeats its draws."""
+In evaluation, which may choose otherwise than training does: load of the fullest expert over the mean, beside
+the least that a table of tokens could have on this text; idle: experts with less than a tenth of the mean;
+explained: I(expert; token) / H(expert), how much of the choice the token id explains, and by chance the same if
+experts were dealt to tokens at random; settled: share of assignments at a validation that the one before it
+made too, at the first that has one before it, halfway and at the last; of a router of random draws it says
+nothing, for evaluation repeats its draws."""
 
 
 def explain(study: Study, style: dict, asked: dict, runs: Path, folder: Path) -> str:

@@ -42,7 +42,11 @@ LOGGED = {  # figure of metrics.routing: what it is, its form, and how the runs 
         "max",
     ),
     "dropped": ("assignments dropped for want of capacity, in a logged step at most", ".1%", "max"),
-    "max_over_mean": ("tokens of the fullest expert over the mean, last logged step, mean over runs", ".1f", "mean"),
+    "max_over_mean": (
+        "tokens of the fullest expert over the mean, in training's last logged step, mean over runs",
+        ".1f",
+        "mean",
+    ),
 }
 
 

@@ -49,7 +49,8 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     best = shlex.quote(str(runs / ranked["id"].iloc[0]))
     command = shlex.split(study.command)
     words = [word for word in command if "=" in word and not word.startswith("scale=")]
-    known = {"python": os.path.relpath(sys.executable), "best": best, "sweep": shlex.join(words)}
+    run = os.path.relpath(Path(__file__).parents[1] / "run.py")
+    known = {"python": os.path.relpath(sys.executable), "run": run, "best": best, "sweep": shlex.join(words)}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
 

@@ -17,6 +17,7 @@ from analysis.metrics import Metrics, parsed, read_metrics
 # What runs must share to be averaged or compared, and the outcome of those that do not: the code over the whole sweep,
 # as contrasts may cross its groups, the others in each group.
 COMPARABLE = {"data_fingerprint": "other data", "token_budget": "other token budget", "code": "other commit"}
+COMPARABLE["own_files"] = "other version"  # of the files that a router of one's own is written in
 UNLISTED = (
     "sweeps/{}.json is not there: the runs are those whose config names this sweep; cells that were first trained"
     " for another sweep are missing"
@@ -175,7 +176,8 @@ def _set_apart(rows: list[dict[str, Any]], group: Callable[[str], str]) -> None:
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["outcome"] == "finished":
-                groups.setdefault("" if key == "code" else group(row["arm"]), []).append(row)
+                alike = {"code": "", "own_files": row["arm"]}.get(key, group(row["arm"]))
+                groups.setdefault(alike, []).append(row)
         for finished in groups.values():
             kept = Counter(shared(row, key) for row in finished).most_common(1)[0][0]  # of equally many, the first
             for row in finished:
@@ -206,4 +208,5 @@ def judged(result: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     if result["outcome"] != "finished" or not np.isfinite([result["test/ce"], result["val/ce"]]).all():
         result = result | {"outcome": "diverged", "why": f"at step {result['step']}"}
     budget = result.get("token_budget", result["tokens"])  # without early stopping they are the same
-    return result | {"token_budget": budget, "code": code, "device": origin["device"]}
+    own = origin["git"].get("own") or ""
+    return result | {"token_budget": budget, "code": code, "own_files": own, "device": origin["device"]}

@@ -25,14 +25,14 @@ UNIGRAM = 5.94
 
 
 def write_run(
-    runs: Path, arm: str, seed: int, ce: float, commit="a" * 40, dirty=None, fingerprint="data0", **result
+    runs: Path, arm: str, seed: int, ce: float, commit="a" * 40, dirty=None, fingerprint="data0", own=None, **result
 ) -> Path:
     """One finished run of 200 steps whose test loss is `ce`."""
     folder = runs / f"{arm}-s{seed}-{zlib.crc32(repr((arm, seed, commit, dirty, fingerprint, result)).encode()):08x}"
     folder.mkdir(parents=True)
     corpus = {"_target_": "data.corpora.StandardLibrary", "validation_share": 0.015, "test_share": 0.015}
     (folder / "config.yaml").write_text(yaml.safe_dump({"arm": arm, "seed": seed, "data": {"corpus": corpus}}))
-    provenance = {"git": {"commit": commit, "dirty": dirty}, "device": "Some CPU @ 2.00GHz"}
+    provenance = {"git": {"commit": commit, "dirty": dirty, "own": own}, "device": "Some CPU @ 2.00GHz"}
     (folder / "provenance.json").write_text(json.dumps(provenance))
     lines = []
     for step in range(0, 201, 20):
@@ -195,6 +195,16 @@ def test_commits_count_as_one_only_where_it_is_declared_with_the_reason(tmp_path
         report("quickstart", runs, tmp_path / "results")
 
 
+def test_a_router_in_a_new_file_stands_beside_the_others_but_not_beside_another_version_of_itself(tmp_path):
+    runs = tmp_path / "runs"
+    folders = [write_run(runs, "dense", seed, 5.3 + 0.1 * seed) for seed in range(3)]
+    folders += [write_run(runs, "modulo", seed, 5.2, own="new" if seed else "old") for seed in range(3)]
+    write_sweep(runs, folders)
+    printed = report("quickstart", runs, tmp_path / "results")
+    assert "5 of 6 runs are counted" in printed
+    assert f"  {folders[3].name}: other version (old, not new)" in printed
+
+
 def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
     runs = tmp_path / "runs"
     good = [write_run(runs, arm, seed, ARMS[arm] + 0.1 * seed) for arm in ("dense", "switch") for seed in range(3)]
@@ -278,7 +288,7 @@ def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
     printed = report("quickstart", runs, tmp_path / "results").replace("\n  ", " ")
     assert "over tokens times the scores' deviation, at most: BASE 3.0e-04\n" in printed
     assert "dropped for want of capacity, in a logged step at most: BASE 25.0%\n" in printed
-    assert "of the fullest expert over the mean, last logged step, mean over runs: BASE 3.0\n" in printed
+    assert "of the fullest expert over the mean, in training's last logged step, mean over runs: BASE 3.0\n" in printed
 
 
 def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path):

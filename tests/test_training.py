@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, compose_config, one_of_a_kind
 from safetensors.torch import load_file
 
-from training import checkpoint, job, loop, session
+from training import checkpoint, job, loop, provenance, session
 from training.build import make_losses, make_model
 from training.checkpoint import load_run
 from training.evaluation import evaluate, frequency_deciles, mean_ce
@@ -24,6 +24,34 @@ from training.sample import sample
 
 CPU = torch.device("cpu")
 ARMS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
+
+
+def test_new_files_change_no_run_but_those_that_are_written_in_them(tmp_path, monkeypatch):
+    """dirty is of the commit's files, save results; a digest of new ones goes with a model that has parts of them."""
+
+    def git(*words):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "a.py").write_text("a = 1")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "b.yaml").write_text("b: 1")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=me", "-c", "user.email=me@here", "commit", "-m", "Begin")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    own = type("Own", (torch.nn.Identity,), {"__module__": "routers.own"})
+    (tmp_path / "results" / "b.yaml").write_text("b: 2")
+    (tmp_path / "routers").mkdir()
+    (tmp_path / "routers" / "own.py").write_text("own = 1")
+    state = provenance.git_state()
+    assert state["dirty"] is None and state["new"] == {"routers/own.py": "own = 1"}
+    first = provenance.own_files(torch.nn.Sequential(own()), state["new"])
+    assert first and provenance.own_files(torch.nn.Identity(), state["new"]) is None
+    (tmp_path / "routers" / "own.py").write_text("own = 2")
+    (tmp_path / "a.py").write_text("a = 2")
+    changed = provenance.git_state()
+    assert changed["dirty"] and "+a = 2" in changed["diff"]
+    assert provenance.own_files(own(), changed["new"]) not in (None, first)
 
 
 def folder_of(*overrides):

@@ -21,7 +21,7 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
     """What provenance.json holds."""
     return {
         "command": sys.argv,
-        "git": GIT,
+        "git": GIT | {"own": own_files(model, GIT["new"])},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "device": device_name(device),
@@ -48,14 +48,23 @@ def provenance(prepared: Prepared, model: Transformer, device: torch.device, pre
     }
 
 
-def git_state() -> dict[str, str | None]:
-    """The commit, and a digest of what differs from it; committed results aside, which no run reads."""
-    commit = _git("rev-parse", "HEAD")
-    difference = _git("diff", "HEAD", "--", ".", ":!results", ":!*.md")
-    for name in _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines():
-        difference += f"\nnew file {name}\n{(ROOT / name).read_text()}"
-    dirty = hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
-    return {"commit": commit or "unknown", "dirty": dirty, "diff": difference or None}
+def git_state() -> dict[str, Any]:
+    """The commit, a digest of what differs from it in the files that it has (committed results aside, which no run
+    reads), that difference, and the new files: name -> text. Only a run that names a new file can use one."""
+    commit, difference = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", ".", ":!results", ":!*.md")
+    names = _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml").splitlines()
+    new = {name: (ROOT / name).read_text() for name in names}
+    return {"commit": commit or "unknown", "dirty": _digest(difference), "diff": difference or None, "new": new}
+
+
+def own_files(model: torch.nn.Module, new: dict[str, str]) -> str | None:
+    """A digest of the new files that parts of the model are written in; None if all are the commit's."""
+    named = {f"{base.__module__.replace('.', '/')}.py" for part in model.modules() for base in type(part).__mro__}
+    return _digest("".join(f"{name}\n{new[name]}" for name in sorted(named & new.keys())))
+
+
+def _digest(text: str) -> str | None:
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if text else None
 
 
 def _git(*words: str) -> str:

@@ -65,7 +65,7 @@ class Recorder:
 
     def conclude(self, result: dict[str, Any], origin: dict[str, Any]) -> None:
         """The mirror of result.json, and of what analysis reads in provenance.json."""
-        code = {key: origin["git"][key] for key in ("commit", "dirty")}
+        code = {key: origin["git"][key] for key in ("commit", "dirty", "own")}
         summary = result | {"result": result, "origin": {"git": code, "device": origin["device"]}}
         self.mirror(lambda run: run.summary.update(summary))
 
