@@ -1,19 +1,19 @@
 """What stands behind a table: every run with its figures and origin, as runs.csv has it; the table is made of that."""
 
 import json
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from safetensors import safe_open
 
 from analysis import ledger
 from analysis.arms import described, references, timed_against
 from analysis.published import settings as published_settings
-from analysis.runs import Study, declared_same, read_study
+from analysis.runs import Found, Study, declared_same, read_study
 from analysis.variation import noise_floor, over_documents
 
 TEXTS = (
@@ -21,6 +21,7 @@ TEXTS = (
     "folder",
     "listed",
     "same_code",
+    "unlogged",
     "sweep",
     "scale",
     "sweep_command",
@@ -47,6 +48,8 @@ COMPARED = (
     "train",
 )  # what should be equal in a table
 REPEATS = "noise_floor"  # the sweep of one run repeated
+WANTED = ("command", "python", "versions", "precision", "dispatch", "threads")  # of provenance.json
+NO_LEDGER = "no ledger at this scale: what was tuned is not known, for wandb has none"
 NOT_COMPARED = ("data.cache", "data.folder", "train.micro_batch")  # where things lie, and how the same is computed
 
 
@@ -66,13 +69,19 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     )
     if "leaks" in runs:
         runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
-    origins = [origin(folder / run) if kind == "finished" else {} for run, kind in zip(runs["id"], runs["outcome"])]
+    if lines := unlogged(study, folder):
+        runs["unlogged"] = "\n".join(lines)
+    origins = [
+        origin(study.found[run].origin()) if kind == "finished" else {}
+        for run, kind in zip(runs["id"], runs["outcome"])
+    ]
     runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
-    configs = {run: _config(folder / run) for run in study.counted["id"]}
+    configs = {run: _config(study.found[run]) for run in study.counted["id"]}
     settings = {run: flat(config) for run, config in configs.items() if config}
     by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
     arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
-    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms, folder))
+    unknown = NO_LEDGER if any(study.found[run].mirrored for run in configs) else ""
+    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms, folder)) or unknown
     for key in published_settings(asked.get("published", [])):
         runs[OF_PAPER + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     for key in differing(settings):
@@ -97,6 +106,20 @@ def several_commits(counted: pd.DataFrame) -> list[str]:
     return lines
 
 
+def unlogged(study: Study, folder: Path) -> list[str]:
+    """A line for what wandb lacks of counted runs that it alone has: for how many, and what."""
+    lacks = Counter()
+    for run in study.counted["id"]:
+        found = study.found[run]
+        if found.mirrored:
+            missing = [key for key in WANTED if not found.origin().get(key)]
+            missing += [] if found.config() else ["config"]
+            missing += [] if (folder / run / "evaluation.safetensors").exists() else ["losses of single test documents"]
+            lacks.update([", ".join(missing)] if missing else [])
+    of = len(study.counted)
+    return [f"read from wandb, which lacks of {count} of {of} counted runs: {keys}" for keys, count in lacks.items()]
+
+
 def write(runs: pd.DataFrame, path: Path) -> None:
     """Floats in full: what is read back is the same bits."""
     runs.to_csv(path, index=False, lineterminator="\n")
@@ -114,12 +137,10 @@ def read(path: Path) -> pd.DataFrame:
     return runs
 
 
-def origin(folder: Path) -> dict[str, Any]:
-    """What provenance.json says; {} for a run that has no folder here."""
-    path = folder / "provenance.json"
-    if not path.exists():
+def origin(said: dict[str, Any]) -> dict[str, Any]:
+    """The columns of what provenance.json says; {} if that is not there."""
+    if not said:
         return {}
-    said = json.loads(path.read_text())
     versions = " ".join(f"{name}={version}" for name, version in said.get("versions", {}).items())
     git = {key: said["git"].get(key) or "" for key in ("commit", "dirty")}
     plain = {key: said.get(key, "") for key in ("python", "precision", "dispatch", "threads")}
@@ -217,9 +238,10 @@ def known_floor(scale: str, folder: Path, results: Path) -> float:
     return floor_of(runs.loc[runs["outcome"] == "finished"])
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.exists() else {}
+def _config(found: Found) -> dict[str, Any]:
+    with suppress(FileNotFoundError):
+        return found.config()
+    return {}
 
 
 def _number(text: str) -> Any:

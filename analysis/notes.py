@@ -233,7 +233,7 @@ def bad_runs(runs: pd.DataFrame, folder: Path | str) -> list[str]:
     counted = len(runs) - len(left_out)
     lines = [f"{counted} of {len(runs)} runs are counted" + ("; in no mean:" if left_out else "")]
     lines += [f"  {run['id']}: {run['outcome']}" + (f" ({run['why'][:64]})" if run["why"] else "") for run in left_out]
-    for column in ("listed", "same_code"):
+    for column in ("listed", "same_code", "unlogged"):
         lines += folded(runs[column].iloc[0].split("\n")) if column in runs else []
     command = runs["sweep_command"].iloc[0]
     again = [run for run in left_out if run["outcome"] in WITHOUT_RESULT]

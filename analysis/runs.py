@@ -1,6 +1,7 @@
 """Runs as data frames, and which of them may stand in one mean."""
 
 import fcntl
+import functools
 import re
 import shlex
 from collections import Counter
@@ -34,6 +35,8 @@ class Found(NamedTuple):
     row: dict[str, Any]  # of Study.runs
     metrics: Metrics
     config: Callable[[], dict[str, Any]]
+    origin: Callable[[], dict[str, Any]]  # what provenance.json says, as far as the place has it
+    mirrored: bool = False  # found elsewhere than in a run folder
 
 
 Mirror = Mapping[str, Callable[[], Found]]  # of another place than run folders, by run id, read when it is asked for
@@ -52,6 +55,7 @@ class Study(NamedTuple):
     curves: pd.DataFrame  # a row a validation of a counted run: arm, seed, and metrics.CURVE (nats per token)
     config: dict  # of the first finished run
     listed: str  # where the list of runs is from, if not from the sweep's own record
+    found: dict[str, Found]  # by run id
 
 
 class Record(NamedTuple):
@@ -86,7 +90,7 @@ def read_study(
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
     curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])
     config = found[counted["id"].iloc[0]].config()
-    return Study(name, record.scale, record.command, runs, counted, curves, config, record.listed)
+    return Study(name, record.scale, record.command, runs, counted, curves, config, record.listed, found)
 
 
 def read_runs(
@@ -145,7 +149,13 @@ def read_run(folder: Path, name: str) -> Found:
             row["outcome"] = "missing"
     except (ValueError, KeyError, OSError) as error:
         row |= {"outcome": "unreadable", "why": f"{type(error).__name__}: {error}"}
-    return Found(row, metrics, lambda: yaml.safe_load((path / "config.yaml").read_text()))
+    config = functools.cache(lambda: yaml.safe_load((path / "config.yaml").read_text()))
+    return Found(row, metrics, config, lambda: _parsed_file(path / "provenance.json"))
+
+
+def _parsed_file(path: Path) -> dict[str, Any]:
+    """{} if it is not there."""
+    return parsed(path.read_text(), path.name) if path.exists() else {}
 
 
 def identity(name: str) -> dict[str, Any]:

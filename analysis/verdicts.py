@@ -96,8 +96,8 @@ def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
     """
     record, committed = runs / "sweeps" / f"{sweep}.json", results / scale / sweep / "runs.csv"
     if record.exists() and (known := read_record(sweep, runs)).scale == scale:
-        found, _ = read_runs(known, runs, group=grouping(load("style"), declared(sweep)))
-        origins = pd.DataFrame([origin(runs / run) for run in found["id"]], index=found.index)
+        found, places = read_runs(known, runs, group=grouping(load("style"), declared(sweep)))
+        origins = pd.DataFrame([origin(places[run].origin()) for run in found["id"]], index=found.index)
         return pd.concat([found, origins], axis="columns").assign(scale=scale, read=str(record))
     if committed.exists():
         return read(committed).assign(read=str(committed))

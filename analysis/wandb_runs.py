@@ -99,4 +99,4 @@ def _found(name: str, read: Any) -> Found:
     except (ValueError, KeyError, OSError) as error:
         row |= {"outcome": "unreadable", "why": f"{type(error).__name__}: {error}"}
     config = {key: value for key, value in logged.config.items() if key[0] != "_"}
-    return Found(row, metrics, lambda: config)
+    return Found(row, metrics, lambda: config, lambda: logged.summary.get("origin", {}), mirrored=True)

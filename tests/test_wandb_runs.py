@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, compose_config, tiny_words
 from wandb.errors import CommError
 
+from analysis.behind import read as read_table
 from analysis.offline_files import read_file, read_offline
 from analysis.report import report
 from analysis.runs import read_study
@@ -26,11 +27,11 @@ from training.recorder import Recorder
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory) -> Path:
-    """A sweep of two runs, mirrored offline."""
+    """A sweep of two runs, one of them deeper, mirrored offline."""
     runs = tmp_path_factory.mktemp("mirrored")
     words = tiny_words(corpus, tmp_path_factory.getbasetemp() / "cache", runs)
-    for arm in ("dense", "hash_random"):
-        config = compose_config(*words, f"router={arm}", "wandb.mode=offline")
+    for own in (["router=dense"], ["router=hash_random", "model.depth_factor=2"]):
+        config = compose_config(*words, *own, "wandb.mode=offline")
         config.sweep = "pair"
         assert run(config) == FINISHED
     names = sorted(path.parent.name for path in runs.glob("*/result.json"))
@@ -46,6 +47,11 @@ def wandb_alone(trained, tmp_path) -> Path:
     for path in trained.glob("*/wandb"):
         shutil.copytree(path, tmp_path / "left" / path.parent.name / "wandb")
     return tmp_path / "left"
+
+
+LEDGER = """scale,arm,trial,lr,knob,value,seed,val_ce,run,chosen,at_edge
+smoke,dense,0,0.5,,,100,5.0,dense-s100-00000000,True,False
+"""
 
 
 def same(one, other) -> None:
@@ -66,6 +72,34 @@ def test_what_training_logged_comes_back_from_the_offline_files_alone(trained, w
     printed = report("pair", wandb_alone, tmp_path / "two", mirrors("pair", wandb_alone, wandb_alone, None))
     assert unlisted in " ".join(printed.split())
     assert table[0].read_bytes() == table[1].read_bytes()
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_conditions_origin_and_tuning_are_told_as_from_folders_and_what_wandb_lacks_is(
+    trained, wandb_alone, tmp_path, online
+):
+    def told(results: Path, runs: Path, places=(), ledger=True) -> tuple[list[str], pd.DataFrame]:
+        if ledger:
+            (results / "smoke" / "tune").mkdir(parents=True)
+            (results / "smoke" / "tune" / "ledger.csv").write_text(LEDGER)
+        lines = report("pair", runs, results, places).splitlines()
+        return lines, read_table(results / "smoke" / "pair" / "runs.csv")
+
+    where = [None, "us/switchyard", Api(trained)] if online else [wandb_alone, None]
+    places = mirrors("pair", wandb_alone, *where)
+    (expected, rows), (found, mirrored) = told(tmp_path / "a", trained), told(tmp_path / "b", wandb_alone, places)
+    said = ("not equal:", "dense: train.lr", "hash_random: ")
+    assert [line for line in expected if line.startswith(said)] == [line for line in found if line.startswith(said)]
+    assert "not equal: model.depth_factor is 1, but Hash, random 2" in found
+    assert any(line.startswith("dense: train.lr=0.5 is the best of 1 trials") for line in found)
+    assert "NOT used here by 1 of 1 runs" in " ".join(" ".join(found).split())
+    columns = ["id", "commit", "dirty", "device", *[column for column in rows if column.startswith("config/")]]
+    pd.testing.assert_frame_equal(mirrored[columns], rows[columns])
+    lacks = "command, python, versions, precision, dispatch, threads, losses of single test documents"
+    assert f"read from wandb, which lacks of 2 of 2 counted runs: {lacks}" in " ".join(" ".join(found).split())
+    assert "wandb" not in " ".join(expected)
+    alone, _ = told(tmp_path / "c", wandb_alone, places, ledger=False)
+    assert "no ledger at this scale: what was tuned is not known, for wandb has none" in alone
 
 
 def test_every_line_of_the_metrics_comes_back(trained):
