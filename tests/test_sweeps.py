@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 from test_config import ARMS, NUM_EXPERTS, run_py
 
+from analysis.report import explained, report
 from analysis.runs import read_study
 from data.prepare import NotPrepared
 from sweeps import dry_run
@@ -230,7 +233,7 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
 FEW = [
     "train.steps=4",
     "train.warmup_steps=1",
-    "data.vocab_size=400",
+    "data.vocab_size=300",
     "wandb.mode=disabled",
     "record.checkpoint_every=0",
 ]
@@ -244,3 +247,14 @@ def test_every_sweep_runs_at_smoke_scale_with_a_few_steps(sweep, corpus, tmp_pat
     data += ["record.evaluate_every=4"]
     done = run_py("-m", f"sweeps={sweep}", *data, *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    printed, folder = report(sweep, runs, results), results / "smoke" / sweep
+    made = {"table.md", "table.tex", "table.csv", "figure.png", "figure.pdf"}
+    if sweep != "tune":
+        assert "in no mean" not in printed
+        made |= {"runs.csv", "explain.md"} | {f"explain_{name}.png" for name in ("frequency", "load", "map")}
+        explained(sweep, runs, results)
+        command = [sys.executable, "-m", "analysis.verdicts", "smoke", f"--runs={runs}", f"--results={results}"]
+        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert said.startswith("The claims at scale smoke")
+    assert made <= {path.name for path in folder.iterdir()}
