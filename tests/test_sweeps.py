@@ -233,7 +233,6 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
 FEW = [
     "train.steps=4",
     "train.warmup_steps=1",
-    "data.vocab_size=300",
     "wandb.mode=disabled",
     "record.checkpoint_every=0",
 ]
@@ -243,8 +242,9 @@ FEW = [
 @pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if sweep != "finetune"])
 def test_every_sweep_runs_at_smoke_scale_with_a_few_steps(sweep, corpus, tmp_path):
     data = ["data=text", f"data.corpus.files={corpus}/*.txt", "data.corpus.validation_share=0.1"]
-    data += ["data.corpus.test_share=0.1", f"data.cache={tmp_path}/cache", f"seed={seeds_of(sweep)[0]}"]
-    data += ["record.evaluate_every=4"]
+    data += ["data.corpus.test_share=0.1", "data.vocab_size=300"]
+    data = [] if sweep == "dictionary" else data  # whose dictionaries are larger than such a text can fill
+    data += [f"data.cache={tmp_path}/cache", f"seed={seeds_of(sweep)[0]}", "record.evaluate_every=4"]
     done = run_py("-m", f"sweeps={sweep}", *data, *FEW, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     runs, results = tmp_path / "runs", tmp_path / "results"
