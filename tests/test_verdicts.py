@@ -191,16 +191,16 @@ def test_a_contrast_takes_one_seed_of_several_groups_as_one_only_if_it_crosses_t
         assert examined(within, runs, 0.008).estimate.n == 3
 
 
-@pytest.mark.parametrize(("noise", "seed_by_group"), [(1.0, 0.0), (4.0, 0.0), (1.0, 1.0), (1.0, 4.0)])
-def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group):
+@pytest.mark.parametrize(("noise", "seed_by_group", "n"), [(1, 0, 3), (4, 0, 3), (1, 1, 3), (1, 4, 3), (1, 0, 5)])
+def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group, n):
     """Across groups, whatever a seed does in each, and though an arm of it has four times the others' deviation."""
     draws = np.random.default_rng(5)
     part = {"sweep": "horizon", "weights": {"hash_balanced_1x": 1, "dense_2x": -1}, "expect": "below"}
     arms, covered = [f"{arm}_{x}x" for x in (1, 2, 4) for arm in ("dense", "hash_balanced", "switch")], []
     for _ in range(250):
-        group = np.repeat(seed_by_group * draws.standard_normal((3, 3)), 3, axis=0)
-        losses = draws.standard_normal(3) + group + draws.standard_normal((9, 3))
-        losses[3] += (noise**2 - 1) ** 0.5 * draws.standard_normal(3)  # dense_2x
+        group = np.repeat(seed_by_group * draws.standard_normal((3, n)), 3, axis=0)
+        losses = draws.standard_normal(n) + group + draws.standard_normal((9, n))
+        losses[3] += (noise**2 - 1) ** 0.5 * draws.standard_normal(n)  # dense_2x
         low, high = examined(part, frame(dict(zip(arms, losses.tolist()))), 0.008).estimate.interval()
         covered.append(low < 0 < high)
     assert np.mean(covered) > 0.9
