@@ -84,7 +84,9 @@ def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float 
         lines[0] += f" in about {duration(sum(known))} one after the other" if known else ""
         lines[0] += ", and those of unknown length" if 0 < len(known) < len(left) else ""
     if why:
-        lines.append(f"Time and memory are estimates; time from {' and '.join(sorted(why))}.")
+        lines.append(
+            f"Estimates: memory of tensors, not of Python and libraries; time from {' and '.join(sorted(why))}."
+        )
     if any(each.settings and not each.run for each in planned):
         lines.append("Its text is not prepared yet: ids, and which runs are done, are known when it is.")
     return "\n".join(lines)

@@ -107,9 +107,10 @@ def test_what_must_be_given_is_named(word, key):
 
 
 FATAL = [
-    (["train.lrr=1"], "train.lrr"),
-    (["router=swich"], "router/swich"),
-    (["wandbb=offline"], "wandbb"),
+    (["train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
+    (["train.rate=1"], "there is no setting train.rate; there are steps, "),
+    (["router=swich"], "router=swich is not there; did you mean router=switch?"),
+    (["wandbb=offline"], "did you mean wandb?"),
     (["-m", "sweeps=nothing"], "sweeps/nothing"),
     (["-m", "router=dense,switch", "train.lr=abc"], "train.lr"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_config import run_py
 from test_training import equal_when_stopped, folder_of, lines_of
 
+from analysis.report import explained, report
 from data.dictionary_files import find_dictionary
 from sweeps.job import Job
 from sweeps.job_queue import Queue
@@ -234,6 +235,8 @@ def test_a_sweep_makes_the_run_that_a_later_job_starts_from(tiny, tmp_path):
     for name, first in zip(sweep["runs"], reversed(sweep["started_from"])):
         config = yaml.safe_load((tmp_path / "runs" / name / "config.yaml").read_text())
         assert config["train"]["init_from"] == str(tmp_path / "runs" / first)
+    assert "2 of 2 runs are counted" in report("finetune", tmp_path / "runs", tmp_path / "results")
+    assert "explain_load.png" in explained("finetune", tmp_path / "runs", tmp_path / "results")
 
 
 def test_a_job_whose_start_was_not_made_is_not_started(tmp_path):

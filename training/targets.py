@@ -6,9 +6,10 @@ import importlib
 import inspect
 import math
 import re
+from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGES = ("routers", "models", "data")
@@ -76,6 +77,8 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
+    if said := _unknown(error):
+        return said
     text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
     lines: list[str] = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -89,3 +92,18 @@ def one_line(error: Exception) -> str:
     lines = [line for line in lines if not line.startswith(noise)]
     text = " ".join(lines) if lines else type(error).__name__
     return f"{key}: {text}" if key and key not in text else text
+
+
+def _unknown(error: Exception) -> str:
+    """Of a setting or an option that is not there the one that is most like it, or all settings beside it. "" for what
+    is another error, or like no option."""
+    parent, key = getattr(error.__cause__, "parent_node", None), str(getattr(error.__cause__, "full_key", ""))
+    if str(error).startswith("Could not override") and isinstance(parent, DictConfig):
+        place, dot, name = key.rpartition(".")
+        known = [str(each) for each in parent]
+        near = get_close_matches(name, known, 1, 0.7)
+        how = f"did you mean {place}{dot}{near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"there is no setting {key}; {how}"
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    near = get_close_matches(option[2], re.findall(r"^\t(\S+)$", str(error), re.MULTILINE), 1) if option else []
+    return f"{option[1]}={option[2]} is not there; did you mean {option[1]}={near[0]}?" if option and near else ""
