@@ -111,13 +111,23 @@ def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
     widths = [None, 19, None, 80]
     lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True, maxcolwidths=widths), ""]
     for each in verdicts:
-        found = [part for part in each.parts if not part.unrun]
-        lines += [f"{each.claim} {each.verdict}"] * bool(found) + [line for part in found for line in _part(part)]
-    unrun = dict.fromkeys(part.unrun for each in verdicts for part in each.parts if part.unrun)
-    if unrun:
-        lines += wrap(f"not run at scale {scale}: {', '.join(unrun)}", 116, subsequent_indent="  ")
+        found, absent = [part for part in each.parts if not part.unrun], _unrun([each])
+        head = f"{each.claim} {each.verdict}" + (f", for want of {', '.join(absent)}" if absent else "")
+        lines += [head] * bool(found) + [line for part in found for line in _part(part)]
+    if unrun := _unrun(verdicts):
+        asked = [f"{sweep} ({', '.join(claims)})" for sweep, claims in unrun.items()]
+        lines += wrap(f"not run at scale {scale}: {', '.join(asked)}", 116, subsequent_indent="  ")
         lines.append(f"  python run.py -m sweeps=NAME scale={scale}")
     return "\n".join(lines)
+
+
+def _unrun(verdicts: list[Verdict]) -> dict[str, list[str]]:
+    """Each sweep that is not there, and the claims that ask for it."""
+    claims: dict[str, list[str]] = {}
+    for each in verdicts:
+        for sweep in dict.fromkeys(part.unrun for part in each.parts if part.unrun):
+            claims.setdefault(sweep, []).append(each.claim)
+    return claims
 
 
 def _part(part: Outcome) -> list[str]:

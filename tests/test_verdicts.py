@@ -566,10 +566,11 @@ def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, ca
 
 def test_nothing_is_printed_twice_where_nothing_was_run():
     said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05)
-    assert said.count("C4") == 1 and said.count("not run") == 13
+    assert said.count("C4 ") == 1 and said.count("not run") == 13
     for claim in CLAIMS["claims"].values():
         assert " ".join(said.split()).count(claim["says"].split(";")[0]) == 1
-    assert said.endswith("finetune,\n  load_balance, horizon\n  python run.py -m sweeps=NAME scale=smoke")
+    assert said.endswith("finetune (C9), load_balance (C11), horizon (C12)\n  python run.py -m sweeps=NAME scale=smoke")
+    assert "smoke: main (C1), base_comparison (C1, C10), hash_methods (C2, C3, C4)" in said
 
 
 def test_runs_that_do_not_count_are_named(trained, tmp_path):
