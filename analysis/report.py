@@ -29,10 +29,10 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     """Write table, runs and figure to results/<scale>/<name>/; return what to print. ValueError if no run finished, or
     if curves, a file of public curves to lay under the figure, is none."""
     style, asked = load("style"), declared(name)
-    if any(cell.get("place") for cell in read_record(name, runs, places).cells):
-        return report_trials(runs, results, name, style)
     if curves and asked["figure"] != "against":
         raise ValueError(f"public curves lie under figures over a number in the labels; that of {name!r} is none")
+    if any(cell.get("place") for cell in read_record(name, runs, places).cells):
+        return report_trials(runs, results, name, style)
     public = routing_curves(curves) if curves else None
     study = read_study(name, runs, places, grouping(style, asked))
     folder = results / study.scale / name

@@ -358,7 +358,9 @@ def test_a_noise_floor_and_a_ledger_are_found_beside_the_runs(runs, tmp_path):
     (runs / "sweeps" / "noise_floor.json").write_text(json.dumps(content))
     trial = {"run": repeats[0], "tuned": "dense", "place": [0], "lr": 0.002, "knob": None, "value": None}
     cells = [trial | {"arm": "dense", "seed": 100}]
-    (runs / "sweeps" / "tune.json").write_text(json.dumps({"scale": "smoke", "cells": cells, "runs": []}))
+    (runs / "sweeps" / "tune.json").write_text(
+        json.dumps({"scale": "smoke", "command": [], "cells": cells, "runs": []})
+    )
     printed = report("modules", runs, tmp_path / "results")
     assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
     assert "dense: 1 trials on the validation split, seeds 100, nothing chosen yet" in printed
