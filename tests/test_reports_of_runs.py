@@ -278,7 +278,14 @@ def test_wall_clock_to_the_dense_baselines_loss_is_between_the_validations(train
             assert validations[0]["seconds"] <= row["seconds_to_reference"] <= validations[-1]["seconds"]
 
 
-@pytest.mark.parametrize("name", ["main", "load_balance", "base_comparison", "table_draws", "horizon"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_comparison",
+        "horizon",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("main", "load_balance", "table_draws")),
+    ],
+)
 def test_other_kinds_of_tables_and_figures_come_of_the_same_runs(trained, tmp_path, name):
     """Under labels that such a sweep has; the runs are those of `modules`."""
     labels = {
@@ -323,7 +330,10 @@ def test_every_router_has_a_look_of_its_own_and_every_declared_reference_one():
         published(asked.get("published", []), {})
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+WIDE = ("learned_and_controls", "dictionary", "base_comparison")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in WIDE else pytest.mark.long) for n in SEVERAL])
 def test_no_sweeps_table_is_wider_than_a_terminal(trained, tmp_path, monkeypatch, name):
     """Of labels that it has, on copies of a few runs."""
     monkeypatch.setattr("analysis.report.save_figure", lambda *given: "nothing")

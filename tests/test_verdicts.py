@@ -191,7 +191,10 @@ def test_a_contrast_takes_one_seed_of_several_groups_as_one_only_if_it_crosses_t
         assert examined(within, runs, 0.008).estimate.n == 3
 
 
-@pytest.mark.parametrize(("noise", "seed_by_group", "n"), [(1, 0, 3), (4, 0, 3), (1, 1, 3), (1, 4, 3), (1, 0, 5)])
+LONG_CASES = [pytest.param(*case, marks=pytest.mark.long) for case in ((4, 0, 3), (1, 1, 3), (1, 0, 5))]
+
+
+@pytest.mark.parametrize(("noise", "seed_by_group", "n"), [(1, 0, 3), (1, 4, 3), *LONG_CASES])
 def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group, n):
     """Across groups, whatever a seed does in each, and though an arm of it has four times the others' deviation."""
     draws = np.random.default_rng(5)
