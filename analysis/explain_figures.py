@@ -12,7 +12,7 @@ from matplotlib.style import context
 from analysis.arms import Arm
 from analysis.figures import explain, numbers, token_unit
 from analysis.inside import Evaluation
-from analysis.layout import broken, legend_inside_or_above
+from analysis.layout import broken, legend_inside_or_above, save
 
 MOST_CURVES, MOST_BANDS, MOST_MAPS, MOST_TOKENS = 10, 4, 8, 16
 NAME = 9  # letters of a token in a map
@@ -45,18 +45,16 @@ def save_figures(
                 legend_inside_or_above(figure, axes)
                 under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
                 explain(figure, f"lines: mean over seeds (n = {seeds}){of_bands}{under}{few}")
-                _save(figure, folder, name)
+                save(figure, folder, f"explain_{name}")
                 drawn.append(name)
-        _save(_maps({arm: evaluations[arm] for arm in every[:MOST_MAPS]}, arms, len(every)), folder, "map")
+        save(_maps({arm: evaluations[arm] for arm in every[:MOST_MAPS]}, arms, len(every)), folder, "explain_map")
     return [*drawn, "map"]
 
 
 def _methods_first(names: list[str], arms: dict[str, Arm]) -> list[str]:
     """In their order, but what is a method's second, third, ... behind all that are a first, second, ..."""
-    methods, ranks = [arms[name].method for name in names], {}
-    for place, name in enumerate(names):
-        ranks[name] = methods[:place].count(methods[place])
-    return sorted(names, key=lambda name: ranks[name])
+    methods = [arms[name].method for name in names]
+    return sorted(names, key=lambda name: methods[: names.index(name)].count(arms[name].method))
 
 
 def _named(pairs: dict[str, str], lines: dict, arms: dict[str, Arm]) -> str:
@@ -168,8 +166,3 @@ def _visible(texts: list[str]) -> list[str]:
 
 def _cut(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
-
-
-def _save(figure: Figure, folder: Path, name: str) -> None:
-    figure.savefig(folder / f"explain_{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"explain_{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
-from analysis.layout import arrows, broken, legend_inside_or_above, span
+from analysis.layout import arrows, broken, legend_inside_or_above, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
 from analysis.tables import leaky, reference_of
@@ -44,8 +44,7 @@ def save_figure(
             points(figure, frame, arms, papers)
         else:
             against_place(figure, frame, arms, asked, papers, public, style)
-        figure.savefig(folder / "figure.png", metadata={"Software": None})
-        figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        save(figure, folder, "figure")
     return SHOWS[kind]
 
 

@@ -1,5 +1,6 @@
 """What figures of several kinds share: where legends go, how far axes reach, where words break."""
 
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -10,6 +11,12 @@ from matplotlib.figure import Figure
 
 MOST_INSIDE = 4  # entries of a legend that leave room for curves
 LETTER, HANDLE = 0.047, 0.45  # inches: about a letter's width in such a legend, and all that stands beside its text
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """folder/<name>.png and .pdf, the same bytes each time."""
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
 
 
 def legend_above(figure: Figure, axes: Axes) -> None:

@@ -1,17 +1,20 @@
 """The report of a sweep of trials: each arm's best, and how much its learning rate matters; from its ledger alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import NullLocator
 
 from analysis import ledger
 from analysis.arms import described
+from analysis.figures import explain
+from analysis.layout import save
 from analysis.tables import in_latex, of_columns
 
 COLUMNS = {
@@ -64,12 +67,14 @@ def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
         losses = own.groupby("place")["val_ce"].mean().fillna(np.inf).to_dict()
         chosen = own.loc[own["chosen"], "place"].tolist()
         lr, value = place = chosen[0] if chosen else min(losses, key=lambda place: losses[place])
+        if math.isinf(losses[place]):  # none has finished yet
+            lr, value = None, None
         knob = own["knob"].iloc[0] if own["knob"].notna().any() else None
         note = "more to try" if not chosen else "at an edge" if own["at_edge"].any() else ""
         line = {"method": arms[str(arm)].label, "trials": len(own), "lr": lr, "knob": knob}
         line |= {
             "value": value if knob else None,
-            "val_ce": losses[place],
+            "val_ce": losses[place] if lr else None,
             "at_scale": unchanged(own)["val_ce"].mean(),
             "note": note,
         }
@@ -93,11 +98,13 @@ def _text(key: str, cell: Any) -> str:
 def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
     """Of each arm how far the best trial of each rate lies above its best, the best as a star; the same bytes again."""
     arms = described(rows["arm"], style)
-    with rc_context(style["matplotlib"]):
+    with context(["default", style["matplotlib"]]):
         figure = Figure(figsize=(3.4, 1.2 + 0.15 * len(arms)))
         axes = figure.subplots()
         for place, arm in enumerate(arms):
-            losses: Any = rows.loc[rows["arm"] == arm].groupby("lr")["val_ce"].min()
+            losses: Any = rows.loc[(rows["arm"] == arm) & np.isfinite(rows["val_ce"])].groupby("lr")["val_ce"].min()
+            if losses.empty:
+                continue
             grey = Normalize(-0.2 * FAR, FAR, clip=True)(losses - losses.min())
             look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "edgecolors": "0.4", "linewidths": 0.4}
             axes.scatter(losses.index * 1e3, [place] * len(losses), 14, grey, **look)
@@ -113,6 +120,5 @@ def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("learning rate (thousandths)")
         told = f"star: the best; dots: the darker, the further above it, black from {FAR:g} nats on"
-        figure.supxlabel(told, fontsize=6)
-        figure.savefig(folder / "figure.png", metadata={"Software": None})
-        figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        explain(figure, told)
+        save(figure, folder, "figure")

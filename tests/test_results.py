@@ -12,21 +12,18 @@ from analysis.report import write_tables
 RESULTS = Path(__file__).parents[1] / "results"
 
 
+MADE_OF = {"runs.csv": write_tables, "ledger.csv": trials.write_table}
+
+
 @pytest.mark.parametrize(
-    "folder", [path.parent.relative_to(RESULTS) for path in sorted(RESULTS.glob("*/*/runs.csv"))], ids=str
+    "source",
+    [path.relative_to(RESULTS) for name in MADE_OF for path in sorted(RESULTS.glob(f"*/*/{name}"))],
+    ids=str,
 )
-def test_committed_tables_come_again_from_their_runs(folder, tmp_path):
-    shutil.copy(RESULTS / folder / "runs.csv", tmp_path)
-    write_tables(tmp_path, load("style"))
+def test_committed_tables_come_again_from_what_is_beside_them(source, tmp_path):
+    folder = tmp_path / source.parent.name
+    folder.mkdir()
+    shutil.copy(RESULTS / source, folder)
+    MADE_OF[source.name](folder, load("style"))
     for name in ("table.md", "table.tex", "table.csv"):
-        assert (tmp_path / name).read_bytes() == (RESULTS / folder / name).read_bytes()
-
-
-@pytest.mark.parametrize("ledger", sorted(RESULTS.glob("*/*/ledger.csv")), ids=lambda path: str(path.parent.name))
-def test_committed_tables_of_trials_come_again_from_their_ledger(ledger, tmp_path):
-    again = tmp_path / ledger.parent.name
-    again.mkdir()
-    shutil.copy(ledger, again)
-    trials.write_table(again, load("style"))
-    for name in ("table.md", "table.tex", "table.csv"):
-        assert (again / name).read_bytes() == (ledger.parent / name).read_bytes()
+        assert (folder / name).read_bytes() == (RESULTS / source.parent / name).read_bytes()

@@ -150,6 +150,13 @@ def test_trials_that_failed_or_are_of_other_data_or_budget_choose_nothing_and_ar
     assert (best["Dense"]["lr"], best["Dense"]["val_ce"], best["Switch"]["val_ce"]) == ("0.001", "3", "2.6")
 
 
+def test_an_arm_of_which_no_trial_has_ended_has_a_row_without_figures(record, tmp_path):
+    for result in record.glob("dense-*/result.json"):
+        result.unlink()
+    dense = next(line for line in report("tune", record, tmp_path).splitlines() if line.startswith("Dense"))
+    assert dense.split() == ["Dense", "3", "more", "to", "try"]
+
+
 def trials(**losses: list[float]) -> list[dict]:
     """By seed s<n>: losses of the places (0,), (1,), ..."""
     return [
