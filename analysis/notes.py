@@ -87,6 +87,8 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
         f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
     ]
+    if ((frame["reached"] > 0) & (frame["reached"] < frame["n"])).to_numpy().any():
+        lines.append("  (k of n): mean over the k runs that came to it")
     if frame["test_bits_per_byte"].notna().to_numpy().any():
         lines.append(
             "bits per byte of UTF-8, and perplexity per word between blanks: the same tokens' loss over other counts"
@@ -214,7 +216,11 @@ def logged(counted: pd.DataFrame, labels: dict[str, str]) -> list[str]:
     for key, (said, form, how) in LOGGED.items():
         if f"route/{key}" in counted:
             of_arm: Any = counted.groupby("arm", sort=False)[f"route/{key}"].agg(how).dropna()
-            shown = [f"{labels[arm]} {value:{form}}" for arm, value in of_arm.items() if key != "dropped" or value > 0]
+            shown = [
+                f"{labels[arm]} {format(value, form) if value else 0}"
+                for arm, value in of_arm.items()
+                if key != "dropped" or value > 0
+            ]
             lines += [f"{said}: {'; '.join(shown)}"] if shown else []
     return lines
 
