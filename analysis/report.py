@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -49,10 +48,14 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     best = shlex.quote(str(runs / ranked["id"].iloc[0]))
     command = shlex.split(study.command)
     words = [word for word in command if "=" in word and not word.startswith("scale=")]
-    run = os.path.relpath(Path(__file__).parents[1] / "run.py")
-    known = {"python": os.path.relpath(sys.executable), "run": run, "best": best, "sweep": shlex.join(words)}
+    python, run = (_as_typed_here(Path(path)) for path in (sys.executable, Path(__file__).parents[1] / "run.py"))
+    known = {"python": python, "run": run, "best": best, "sweep": shlex.join(words)}
     ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
+
+
+def _as_typed_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def write_tables(folder: Path, style: dict, place: Path | None = None) -> tuple[str, pd.DataFrame]:
