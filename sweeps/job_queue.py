@@ -37,7 +37,8 @@ class Queue:
         """Runs what has no status. Exit status: 0 if all jobs are finished, 128 + N if signal N stopped it, else 1."""
         if skipped := len(self.jobs) - len(self.waiting):
             print(f"{skipped} of {len(self.jobs)} jobs are finished already: skipped", flush=True)
-        self.start_server()
+        if self.waiting:
+            self.start_server()
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda number, frame: self.signals.append(number))
         try:
