@@ -45,6 +45,10 @@ def composed(config: DictConfig) -> None:
         sys.exit(dry_run.report([dry_run.single(config)]) if config.dry_run else job.run(config))
 
 
-if __name__ == "__main__":
+def main() -> None:
     with errors_as_one_line():
         composed()
+
+
+if __name__ == "__main__":
+    main()

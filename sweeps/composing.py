@@ -30,6 +30,12 @@ class Composer:
 
     def __call__(self, words: Sequence[str]) -> dict[str, Any]:
         """Resolved, without Hydra's node, and not yet settled (training.tuning). Raises as Hydra and OmegaConf do."""
+        plain = OmegaConf.to_container(self.config(words), resolve=True)
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
+
+    def config(self, words: Sequence[str]) -> DictConfig:
+        """The same, not resolved; to be used before the next, of which Hydra's node is then read."""
         groups = tuple(word for word in words if self.chooses_a_group(word))
         if groups not in self.made:
             self.made[groups] = self.composed(groups)
@@ -37,9 +43,7 @@ class Composer:
         values = self.parser.parse_overrides([word for word in words if word not in groups])
         self.loader._apply_overrides_to_config(values, config)
         HydraConfig.instance().cfg = hydra  # type: ignore[assignment]  (for ${hydra:...}, as set_config leaves it)
-        plain = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+        return config
 
     def composed(self, groups: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
         """Hydra's node alone, and all else."""

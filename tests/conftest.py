@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
 from data.batches import Batch, make_batch
 from data.randomness import generator, mix
@@ -23,6 +24,9 @@ from models.settings import ModelSettings
 from models.transformer import Transformer
 from routers.routing import Router, Routing, Site
 from routers.switch import Switch
+from run import main  # lets Hydra find sweeps/hydra_plugins, too, before it first looks for plugins
+from sweeps.composing import Composer
+from training.compose import apart
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH, WIDTH, EXPERTS = 40, 12, 16, 4
@@ -122,13 +126,15 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def compose_config(*overrides: str) -> DictConfig:
     """What run.py would get from these words on the command line."""
-    with warnings.catch_warnings(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        config.arm, config.scale, config.sweep = config.arm, config.scale, config.sweep
-        del config["hydra"]
-    return config
+    with warnings.catch_warnings():
+        return apart(composer().config(overrides))
+
+
+@functools.cache
+def composer() -> Composer:
+    """That of sweeps: it composes each choice of groups once."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return Composer(GlobalHydra.instance().config_loader())
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +147,21 @@ def corpus(tmp_path_factory) -> Path:
         picked = torch.randint(60, (160,), generator=draws) * torch.randint(2, (160,), generator=draws)
         (folder / f"{number}.txt").write_text(" ".join(words[int(i)] for i in picked))
     return folder
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """`python run.py words` from tmp_path in this process, which need not import all anew: its status and what it
+    printed on standard output and on standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def ended(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *words])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        return ending.value.code, *capfd.readouterr()
+
+    return ended
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from training.preflight import read
 
 
 def run_py(*words: str, limit: int | None = None, cwd=None) -> subprocess.CompletedProcess:
-    """python run.py words; limit: no file may grow over so many bytes, as on a full disk."""
+    """python run.py words in a process of its own; limit: no file may grow over so many bytes, as on a full disk."""
     import resource
 
     def shrink():
@@ -41,10 +41,11 @@ def runs(tmp_path_factory) -> str:
 ARMS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
 
 
-NUM_EXPERTS = {"smoke": 16, "small": 64, "medium": 64, "paper": 64}
+LARGE = ("medium", "paper")
+NUM_EXPERTS = {"smoke": 16, "small": 64, **dict.fromkeys(LARGE, 64)}
 
 
-@pytest.mark.parametrize("scale", NUM_EXPERTS)
+@pytest.mark.parametrize("scale", ["smoke", "small", *(pytest.param(x, marks=pytest.mark.long) for x in LARGE)])
 @pytest.mark.parametrize("router", ARMS)
 def test_every_router_composes_at_every_scale(router, scale, runs):
     experts, layers = NUM_EXPERTS[scale], list(compose_config(f"scale={scale}").model.sparse_layers)
@@ -120,13 +121,12 @@ FATAL = [
 
 
 @pytest.mark.parametrize(("words", "names"), FATAL)
-def test_run_py_ends_in_one_line_before_any_work(words, names, tiny, tmp_path):
+def test_run_py_ends_in_one_line_before_any_work(words, names, tiny, tmp_path, run_here):
     flags, words = [w for w in words if w == "-m"], [w for w in words if w != "-m"]
-    done = run_py(*flags, *tiny, *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert names in done.stderr
+    status, printed, said = run_here(*flags, *tiny, *words)
+    assert status == 2 and "started" not in printed
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert names in said
     assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose_config
-from test_config import run_py
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data.dictionary_files
@@ -252,12 +251,11 @@ def test_a_loaded_dictionary_never_drops_or_changes_text(kind, parts, rule, tmp_
 # sizes that only the text tells, and figures by another way
 
 
-def test_a_router_that_the_real_size_does_not_suit_ends_in_one_line(tiny, tmp_path):
+def test_a_router_that_the_real_size_does_not_suit_ends_in_one_line(tiny, run_here):
     words = ["router=hash_balanced", "tokenizer=words", "tokenizer.max_size=6", "num_experts=8"]
     read(compose_config(*tiny, *words))  # nothing is known yet
-    done = run_py(*tiny, *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == "error: num_experts must be at most the dictionary's 6; got 8\n"
+    status, _, said = run_here(*tiny, *words)
+    assert (status, said) == (2, "error: num_experts must be at most the dictionary's 6; got 8\n")
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "words", pytest.param("bytes", marks=pytest.mark.long)])

@@ -174,16 +174,16 @@ def test_a_label_is_the_sweeps_and_a_run_is_found_under_another_ones(tiny, tmp_p
     assert list(study.runs["arm"]) == ["hash_balanced_4", "hash_balanced_8"]
 
 
-def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path):
+def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path, run_here):
     cache = next(Path(word.partition("=")[2]) for word in tiny if word.startswith("data.cache="))
     words = ["-m", "sweeps=gate_by_routing", *tiny, "seed=0", "dry_run=true"]
     before = sorted(cache.rglob("*")) if cache.exists() else []
-    done = run_py(*words, "data.vocab_size=301", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "not prepared" in done.stdout and "5 jobs, 5 runs: 0 done, 5 to make" in done.stdout
-    bad = run_py(*words, "train.batch_size=4,5", "data.vocab_size=301", cwd=tmp_path)
-    assert bad.returncode == 2
-    assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in bad.stdout.splitlines()) == 5
+    status, printed, said = run_here(*words, "data.vocab_size=301")
+    assert status == 0 and said == ""
+    assert "not prepared" in printed and "5 jobs, 5 runs: 0 done, 5 to make" in printed
+    status, printed, _ = run_here(*words, "train.batch_size=4,5", "data.vocab_size=301")
+    assert status == 2
+    assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in printed.splitlines()) == 5
     assert list(tmp_path.iterdir()) == []
     assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
 
@@ -207,14 +207,14 @@ def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text
     assert cost(job.settings, job.run).tokens == -(-2 * windows // 4) * 4 * 32 > tokens
 
 
-def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path):
+def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path, run_here):
     words = [*tiny, "router=switch", "train.steps=2", "train.warmup_steps=0"]
-    assert run_py(*words, cwd=tmp_path).returncode == 0
+    assert run_here(*words)[0] == 0
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("switch-*/result.json"))
-    done = run_py(*words, "dry_run=true", cwd=tmp_path)
+    printed = run_here(*words, "dry_run=true")[1]
     counts = f"{result['parameters/active'] / 1e6:.1f}M / {result['parameters/total'] / 1e6:.1f}M"
-    assert counts in done.stdout and f"{result['train_flops_per_token'] / 1e9:.3f}" in done.stdout
-    assert "1 jobs, 1 runs: 1 done, 0 to make" in done.stdout
+    assert counts in printed and f"{result['train_flops_per_token'] / 1e9:.3f}" in printed
+    assert "1 jobs, 1 runs: 1 done, 0 to make" in printed
 
 
 def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
