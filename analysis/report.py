@@ -15,7 +15,6 @@ import pandas as pd
 
 from analysis import behind, notes, tables
 from analysis.arms import declared, described, grouping, load
-from analysis.explain import explain
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
 from analysis.runs import Mirror, read_record, read_study
@@ -107,6 +106,8 @@ def notes_of(
 
 def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = ()) -> str:
     """Write explain.md and its figures beside the table; return what to print. ValueError as explain does."""
+    from analysis.explain import explain  # with torch, which takes two seconds and no table needs
+
     style, asked = load("style"), declared(name)
     study = read_study(name, runs, places, grouping(style, asked))
     return explain(study, style, asked, runs, results / study.scale / name)
