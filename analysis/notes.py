@@ -87,6 +87,9 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
         f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
     ]
+    counted = runs.loc[runs["outcome"] == "finished", "run_command"].fillna("")
+    if shared := sum(counted.str.contains(r"jobs_per_gpu=(?:[2-9]|\d\d)")):
+        lines.insert(5, f"  {shared} of {len(counted)} runs shared their GPU with other jobs of a sweep")
     if ((frame["reached"] > 0) & (frame["reached"] < frame["n"])).to_numpy().any():
         lines.append("  (k of n): mean over the k runs that came to it")
     if frame["test_bits_per_byte"].notna().to_numpy().any():

@@ -113,6 +113,16 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     )
 
 
+def test_runs_that_shared_their_gpu_are_counted_under_the_speeds(whole, tmp_path):
+    assert "shared their GPU" not in report("quickstart", whole, tmp_path / "results")
+    for folder, jobs in zip(sorted(whole.glob("switch-*")), (1, 2, 12)):
+        said = json.loads((folder / "provenance.json").read_text())
+        said["command"] = ["run.py", "-m", "sweeps=quickstart", f"hydra.launcher.jobs_per_gpu={jobs}"]
+        (folder / "provenance.json").write_text(json.dumps(said))
+    printed = report("quickstart", whole, tmp_path / "results")
+    assert "benchmark\n  2 of 15 runs shared their GPU with other jobs of a sweep\n" in printed
+
+
 @pytest.mark.parametrize(("wobble", "noisy"), [(0.006, False), (0.03, True)])
 def test_a_reference_that_scatters_has_a_row_and_is_tested_alone_or_said_not_to_be(tmp_path, wobble, noisy):
     """One arm of four at 3.5 times the deviation of the others is by the F-test chance at n = 3; at 17 times not."""
