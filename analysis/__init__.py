@@ -6,6 +6,7 @@ summary.py makes a row an arm (additive_model.py, dunnett.py, statistics.py, var
 notes.py what stands above and under it. figures.py draws (against.py, layout.py). --explain is explain.py (inside.py,
 explain_figures.py); the report of sweeps=tune is trials.py, from what ledger.py found.
 
-verdicts.py tests claims.yaml by contrasts.py; sweeps.py and pack.py are commands of their own. What a table asks stands
-in declared.yaml, what a label looks like in style.yaml (arms.py reads both), published numbers in published.yaml.
+verdicts.py goes through claims.yaml, whose parts claims.py reads and contrasts.py examines; sweeps.py and pack.py are
+commands of their own. What a table asks stands in declared.yaml, what a label looks like in style.yaml (arms.py reads
+both), published numbers in published.yaml.
 """

@@ -1,6 +1,5 @@
 """A declared contrast on the runs of a sweep: its figure, and how well the runs bear it out or speak against it."""
 
-import re
 from collections import Counter
 from collections.abc import Hashable
 from functools import cache
@@ -11,14 +10,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import studentized_range
 
+from analysis import claims
 from analysis.additive_model import CHANCE, AdditiveModel, by_seed, nested, noisy_arms
 from analysis.arms import declared, described, load
-from analysis.statistics import Estimate, mean_of, slope_weights
+from analysis.claims import CE, TIMES, Part, line
+from analysis.statistics import Estimate, mean_of
 from analysis.summary import model_of
 from analysis.variation import floor_of_means, noise_floor
 
-CE, FIGURE = "test/ce", "figure"
-TIMES = "times"  # the unit of a logarithm of a ratio
+FIGURE = "figure"
 
 
 class Outcome(NamedTuple):
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     unrun: str = ""  # the sweep, if nothing of it was found
 
 
-def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd.DataFrame | None = None) -> Outcome:
+def examine(part: Part, runs: pd.DataFrame, margin: float, repeats: pd.DataFrame | None = None) -> Outcome:
     """runs: those of the part's sweep: id, arm, seed, the metric and, unless all have finished, outcome; with `scale`,
     places that are declared by scale are known. margin in nats. repeats: runs of one configuration and seed.
 
@@ -51,18 +51,19 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     """
     if runs.empty:
         return Outcome(line(part), f"{part['sweep']} was not run", unrun=part["sweep"])
-    part = _at_scale(part, runs)
-    places, weights = _places(part, runs), part.get("weights", {})
-    named = part.get("range") or list(dict.fromkeys(_at(name, x) for name in weights for x in places)) or list(weights)
+    part = claims.at_scale(part, runs)
+    places, weights = claims.places_of(part, runs), part.get("weights", {})
+    at_places = dict.fromkeys(claims.placed(name, x) for name in weights for x in places)
+    named = part.get("range") or list(at_places or weights)
     planned = runs.loc[runs["arm"].isin(named)]
     own = _finished(planned)
     if lacking := [arm for arm in named if arm not in set(own["arm"])]:
         standing = ", ".join(_standing(arm, planned) for arm in lacking)
         lacks = f"{part['sweep']} has no finished run of {standing}"
         return Outcome(line(part), lacks, diverged=" diverged" in standing)
-    if unlike := _unlike(part, own):
-        return Outcome(line(part), f"{part['sweep']} was not measured in one way: {unlike}")
-    whole = _finished(runs).assign(**{FIGURE: _figures(part, _finished(runs))})
+    if differing := claims.unlike(part, own):
+        return Outcome(line(part), f"{part['sweep']} was not measured in one way: {differing}")
+    whole = _finished(runs).assign(**{FIGURE: claims.figures(part, _finished(runs))})
     if unknown := list(own["id"][~np.isfinite(whole.loc[own.index, FIGURE])]):
         return Outcome(line(part), f"{part['sweep']} has no figure of {part.get('metric', CE)} in {', '.join(unknown)}")
     try:
@@ -78,14 +79,14 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     if part["expect"] == "told":
         told = _crossing(part, model, noisy, places)
         return Outcome(line(part), "", told=told, **behind) if told else apart
-    contrast = _range(model, named) if "range" in part else _weights(part, places)
+    contrast = _range(model, named) if "range" in part else claims.weights_of(part, places)
     estimate = _apart(model, contrast) if "alike" in part else _contrast(model, noisy, contrast)
     if np.isnan(estimate.value):
         return apart
     floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats))
     n = [min(estimate.n, list(own["arm"]).count(arm)) for arm in contrast]
     floor = floor_of_means(floor, [*contrast.values()], n)
-    told = Outcome(line(part), "", estimate, _unit(part), floor=floor, **behind)
+    told = Outcome(line(part), "", estimate, claims.unit_of(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
         p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
         return _above_floor(told, (float(p_for), estimate.p_within(margin)), (estimate.value, margin - estimate.value))
@@ -94,7 +95,7 @@ def examine(part: dict[str, Any], runs: pd.DataFrame, margin: float, repeats: pd
     return _above_floor(told, *_sides(part["expect"], shifted, margin))
 
 
-def _fitted(part: dict[str, Any], whole: pd.DataFrame, named: list[str]) -> tuple[AdditiveModel, set[Hashable]]:
+def _fitted(part: Part, whole: pd.DataFrame, named: list[str]) -> tuple[AdditiveModel, set[Hashable]]:
     """The table's model, arm + seed over all its arms, and those of `named` that scatter unlike the others.
 
     A contrast within one of the table's groups takes a seed as another one in each of them, as the table does. One
@@ -135,7 +136,7 @@ def _apart(model: AdditiveModel, weights: dict[Hashable, float]) -> Estimate:
     return Estimate(n, value, error, n - 1)
 
 
-def _scatter(part: dict[str, Any], model: AdditiveModel, noisy: set[Hashable], named: list[str]) -> str:
+def _scatter(part: Part, model: AdditiveModel, noisy: set[Hashable], named: list[str]) -> str:
     """Which runs' scatter the interval is by, in words."""
     if "alike" in part:
         return "by the scatter of each arm's own runs"
@@ -143,19 +144,6 @@ def _scatter(part: dict[str, Any], model: AdditiveModel, noisy: set[Hashable], n
         return f"by its own runs alone, for {', '.join(sorted(map(str, noisy)))} scatters unlike the other arms"
     own = set(model.arms) == set(named)
     return f"by the residual of {'its own' if own else 'all'} {len(model.arms)} arms on {model.dof} degrees of freedom"
-
-
-def _unlike(part: dict[str, Any], runs: pd.DataFrame) -> str:
-    """Of the columns that must have one value over these runs those that do not; "" if there are none."""
-    values = {key: list(dict.fromkeys(runs[key].astype(str))) if key in runs else [] for key in part.get("alike", [])}
-    return "; ".join(f"{key} is {' and '.join(each) or 'unknown'}" for key, each in values.items() if len(each) != 1)
-
-
-def _at_scale(part: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """With `at`, the {x} of arms' names is a number that the scale decides."""
-    if "at" not in part or "scale" not in runs or (x := part["at"].get(runs["scale"].iloc[0])) is None:
-        return part
-    return part | {"weights": {_at(name, x): weight for name, weight in part["weights"].items()}}
 
 
 def _finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -167,16 +155,9 @@ def _left_out(runs: pd.DataFrame) -> tuple[str, ...]:
     return tuple(f"{run} ({outcome})" for run, outcome in outcomes if outcome != "finished")
 
 
-def _figures(part: dict[str, Any], runs: pd.DataFrame) -> pd.Series:
-    """The part's metric, or its logarithm; NaN where a run has none."""
-    metric = part.get("metric", CE)
-    figures: Any = runs[metric].astype(float) if metric in runs else pd.Series(np.nan, runs.index)
-    return np.log(figures.where(figures > 0)) if part.get("ratio") else figures
-
-
-def _floor(part: dict[str, Any], repeats: pd.DataFrame) -> float:
+def _floor(part: Part, repeats: pd.DataFrame) -> float:
     """Of the part's metric; NaN if these are no repeats, being of several seeds."""
-    return noise_floor(_figures(part, repeats)) if len(set(repeats["seed"])) == 1 else np.nan
+    return noise_floor(claims.figures(part, repeats)) if len(set(repeats["seed"])) == 1 else np.nan
 
 
 def _standing(arm: str, runs: pd.DataFrame) -> str:
@@ -191,42 +172,10 @@ def _range(model: AdditiveModel, arms: list[str]) -> dict[Hashable, float]:
     return max(each, key=lambda weights: np.nan_to_num(model.contrast(weights).value, nan=np.inf))
 
 
-def _places(part: dict[str, Any], runs: pd.DataFrame) -> list[float]:
-    """Of {x}: those declared and all that the sweep has for any of the names, whether or not they have finished, for a
-    slope over what is left would be another claim. [] without {x}, or of fewer than two."""
-    if "along" not in part:
-        return []
-    declared = part["along"].get("places", [])
-    if isinstance(declared, dict):
-        declared = declared.get(runs["scale"].iloc[0], []) if "scale" in runs else []
-    patterns = [re.escape(name).replace(re.escape("{x}"), r"(\d+)") for name in part["weights"] if "{x}" in name]
-    found = [re.fullmatch(pattern, str(arm)) for pattern in patterns for arm in runs["arm"].unique()]
-    places = {float(x) for x in declared} | {float(match[1]) for match in found if match}
-    return sorted(places) if len(places) > 1 else []
-
-
-def _at(name: str, place: float) -> str:
-    return name.replace("{x}", f"{place:g}")
-
-
-def _axis(part: dict[str, Any], places: list[float]) -> np.ndarray:
-    """(places,), or their logarithms."""
-    return np.log(places) / np.log(part["along"]["log"]) if "log" in part["along"] else np.array(places)
-
-
-def _weights(part: dict[str, Any], places: list[float]) -> dict[Hashable, float]:
-    """Of arms: those above 0 sum to 1; along {x} those of the slope."""
-    given = part["weights"]
-    if not places:
-        return {arm: weight / sum(w for w in given.values() if w > 0) for arm, weight in given.items()}
-    slope = slope_weights(_axis(part, places))
-    return {_at(name, place): w * s for name, w in given.items() for place, s in zip(places, slope)}
-
-
-def _crossing(part: dict[str, Any], model: AdditiveModel, noisy: set[Hashable], places: list[float]) -> str:
+def _crossing(part: Part, model: AdditiveModel, noisy: set[Hashable], places: list[float]) -> str:
     """The figure at each x, and the first x at which it is 0, by straight lines on the axis; "" if one is not known."""
-    each = [_contrast(model, noisy, {_at(name, x): w for name, w in part["weights"].items()}) for x in places]
-    values, axis = [float(estimate.value) for estimate in each], _axis(part, places)
+    each = [_contrast(model, noisy, {claims.placed(name, x): w for name, w in part["weights"].items()}) for x in places]
+    values, axis = [float(estimate.value) for estimate in each], claims.axis_of(part, places)
     if np.isnan(values).any():
         return ""
     told = [f"{figure(estimate)} at x = {x:g}" for x, estimate in zip(places, each)]
@@ -266,30 +215,3 @@ def _above_floor(told: Outcome, p: tuple[float, float], past: tuple[float, float
     """With both p, where what is past its bound by less than the noise floor has a p of 1."""
     raised = [1.0 if distance < told.floor and not np.isnan(each) else float(each) for each, distance in zip(p, past)]
     return told._replace(p_for=raised[0], p_against=raised[1], below_floor=max(past) < told.floor)
-
-
-def _unit(part: dict[str, Any]) -> str:
-    if part.get("ratio"):
-        return TIMES
-    along = part.get("along")
-    return "nats" if along is None else "nats a doubling" if along.get("log") == 2 else "nats a step"
-
-
-def line(part: dict[str, Any]) -> str:
-    """The contrast, its sweep and what is expected, in words."""
-    if "range" in part:
-        what = f"the worst less the best of {part['range'][0]} to {part['range'][-1]}"
-    else:
-        terms = [
-            f"{'+' if w > 0 else '-'} {f'{abs(w):g} ' if abs(w) != 1 else ''}{arm}"
-            for arm, w in part["weights"].items()
-        ]
-        what = " ".join(terms).removeprefix("+ ")
-    slope = {"along": "slope of ", "ratio": "log ratio of "}
-    prefix = next((text for key, text in slope.items() if key in part), "") if part["expect"] != "told" else "where "
-    on = (" on log2 x" if part["along"].get("log") else " on x") if "along" in part else ""
-    metric = f" in {part['metric']}" if "metric" in part else ""
-    bound = f"-{part['by']:g}" if "by" in part else "0"
-    expect = {"below": f"< {bound}", "above": "> 0", "within": "= 0 within the margin", "not_above": "<= the margin"}
-    expect |= {"told": "is 0; decides nothing"}
-    return f"{part['sweep']}: {prefix}{what}{on}{metric} {expect[part['expect']]}"

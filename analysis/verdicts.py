@@ -20,7 +20,8 @@ from tabulate import tabulate
 
 from analysis.arms import declared, grouping, load
 from analysis.behind import origin, read
-from analysis.contrasts import TIMES, Outcome, examine, figure, line
+from analysis.claims import TIMES, line
+from analysis.contrasts import Outcome, examine, figure
 from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
 
