@@ -1,8 +1,8 @@
 """Whether the paths of dispatch train the same model: python -m benchmarks.agree [--scale small] [OVERRIDES]
 
-Runs of run.py, one after the other: balanced hash by each path, the first one twice; then each of --arms twice with
-deterministic=true. A row a pair: how far its training losses lie apart, in nats, and whether its final weights have the
-same bits. Two runs of one path are the measure of what rounding in another order does.
+Runs of run.py, one after the other: balanced hash by each path, the first one twice; then each of --arms plainly, and
+twice with deterministic=true. A row a pair: how far its training losses lie apart, in nats, whether its final weights
+have the same bits, and which paths ran. Two runs of one path are the measure of what rounding in another order does.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.timing import Row, command, device_of, names, parser, report, with_overrides
 from training.provenance import ROOT
@@ -40,7 +41,11 @@ def main(words: list[str] | None = None) -> None:
             twice = f"{arm}, deterministic", f"{arm}, deterministic, again"
             for repeat, name in enumerate(twice):
                 make(name, [f"router={arm}", "deterministic=true", f"repeat={repeat}"])
-            rows.append(compared(*twice, found))
+            plain = "auto" if arm == "hash_balanced" else f"{arm}, plain"
+            if plain not in found:
+                make(plain, [f"router={arm}"])
+            row = compared(*twice, found)
+            rows.append(row | {"of plain": row["tokens/s"] / result_of(found[plain])["tokens_per_second"]})
         losses = {name: dict(curve(run)) for name, run in found.items()}
     report("agree", rows, args, device, losses=losses)
 
@@ -72,6 +77,10 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/ce"]) for line in lines if "train/ce" in line]
 
 
+def result_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text())
+
+
 def digest(run: Path) -> str:
     """sha256 of the final weights."""
     (manifest,) = run.glob("checkpoints/*/manifest.json")
@@ -81,11 +90,13 @@ def digest(run: Path) -> str:
 def compared(first: str, second: str, found: dict[str, Path]) -> Row:
     runs = found[first], found[second]
     apart = [abs(a - b) for (_, a), (_, b) in zip(*map(curve, runs), strict=True)]
-    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    results = [result_of(run) for run in runs]
+    paths = [json.loads((run / "provenance.json").read_text())["dispatch"] for run in runs]
     validation = abs(results[0]["val/ce"] - results[1]["val/ce"])
     row = {"run": first, "and": second, "mean, nats": statistics.mean(apart), "largest": max(apart)}
     row |= {"validation": validation, "same bits": digest(runs[0]) == digest(runs[1])}
-    return row | {"tokens/s": results[0]["tokens_per_second"], "and its": results[1]["tokens_per_second"]}
+    row |= {"tokens/s": results[0]["tokens_per_second"], "and its": results[1]["tokens_per_second"]}
+    return row | {"paths": " and ".join(dict.fromkeys(paths))}
 
 
 if __name__ == "__main__":

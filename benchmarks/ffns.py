@@ -4,7 +4,8 @@ T tokens, D width, F hidden width, E experts
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ VOCABULARY = 8192
 class Way(NamedTuple):
     forward: Callable[[Tensor], Tensor]  # (T, D) -> (T, D)
     parameters: Sequence[Tensor]
-    same_layout: bool = True  # as Experts' parameters, so that their gradients can be compared
+    in_our_layout: Callable[[list[Tensor]], list[Tensor]] = list  # gradients of these as those of Experts' parameters
 
 
 class Problem:
@@ -69,11 +70,10 @@ class Problem:
 
     def loop(self, x: Tensor) -> Tensor:
         """One expert after the other, found by a mask."""
-        y = torch.zeros_like(x)
-        for each, weights in enumerate(zip(*(w.unbind(0) for w in self.experts.parameters()))):
-            rows = (self.routing.expert == each).nonzero()[:, 0]
-            y = y.index_add(0, rows, self.one_ffn(x[rows], weights))
-        return y
+        experts = zip(*(w.unbind(0) for w in self.experts.parameters()))
+        places = [(self.routing.expert == each).nonzero()[:, 0] for each in range(len(self.experts.w_in))]
+        y = torch.cat([self.one_ffn(x[rows], weights) for rows, weights in zip(places, experts)])
+        return y[torch.cat(places).argsort()]
 
     def one_ffn(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         inner = x @ weights[0]
@@ -99,18 +99,17 @@ def gradients(problem: Problem, way: Way) -> list[Tensor]:
 
 def reference(problem: Problem, dense: bool) -> list[Tensor]:
     """The same of the same values in float32, by the loop."""
-    copy = object.__new__(Problem)
-    copy.__dict__.update(problem.__dict__)
-    copy.experts, copy.floor = deepcopy(problem.experts).float(), deepcopy(problem.floor).float()
-    copy.x, copy.target = problem.x.detach().float().requires_grad_(), problem.target.float()
-    owner, forward = (copy.floor, copy.dense) if dense else (copy.experts, copy.loop)
-    return gradients(copy, Way(forward, list(owner.parameters())))
+    same = copy(problem)
+    same.experts, same.floor = deepcopy(problem.experts).float(), deepcopy(problem.floor).float()
+    same.x, same.target = problem.x.detach().float().requires_grad_(), problem.target.float()
+    owner, forward = (same.floor, same.dense) if dense else (same.experts, same.loop)
+    return gradients(same, Way(forward, list(owner.parameters())))
 
 
-def error_of(problem: Problem, way: Way, wanted: list[Tensor]) -> float:
-    """The largest |found - wanted| / |wanted| by norm. Raises ValueError if it is more than TOLERANCE."""
-    found = gradients(problem, way)[: None if way.same_layout else 2]
-    pairs = ((a.float(), b.float()) for a, b in zip(found, wanted))
+def error_of(problem: Problem, way: Way, found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest |found - wanted| / |wanted| by norm, of that way. ValueError above TOLERANCE."""
+    y, dx, *others = found
+    pairs = ((a.float(), b.float()) for a, b in zip([y, dx, *way.in_our_layout(others)], wanted, strict=True))
     error = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
     if not error <= TOLERANCE[problem.dtype]:
         raise ValueError(f"off by {error:.1e}, {TOLERANCE[problem.dtype]:.0e} allowed")
@@ -121,7 +120,7 @@ def transformers_experts(problem: Problem) -> Way:
     """transformers' grouped_mm experts on the same values, (E, F, D) as they want them. ImportError without it."""
     from transformers.integrations.moe import grouped_mm_experts_forward  # type: ignore[reportMissingImports]
 
-    first, last, gated = _stacked(problem)
+    first, last, gated = stacked(problem)
     holder: Any = nn.Module()
     holder.gate_up_proj, holder.down_proj = nn.Parameter(first), nn.Parameter(last)
     holder.up_proj, holder.num_experts, holder.act_fn = holder.gate_up_proj, len(first), problem.experts.activation
@@ -134,7 +133,7 @@ def liger_experts(problem: Problem) -> Way:
     """Liger's experts, SwiGLU alone. ImportError without it; ValueError for another activation."""
     from liger_kernel.transformers.swiglu import LigerExperts  # type: ignore[reportMissingImports]
 
-    first, last, gated = _stacked(problem)
+    first, last, gated = stacked(problem)
     if not gated:
         raise ValueError("SwiGLU alone")
     sizes = {"num_experts": len(first), "moe_intermediate_size": last.shape[2], "hidden_size": last.shape[1]}
@@ -143,10 +142,18 @@ def liger_experts(problem: Problem) -> Way:
     return _called(problem, holder, holder)
 
 
-def _stacked(problem: Problem) -> tuple[Tensor, Tensor, bool]:
+def stacked(problem: Problem) -> tuple[Tensor, Tensor, bool]:
     experts = problem.experts
     first = [w.detach().mT for w in (experts.w_gate, experts.w_in) if w is not None]
     return torch.cat(first, 1).contiguous(), experts.w_out.detach().mT.contiguous(), experts.w_gate is not None
+
+
+def unstacked(problem: Problem, stacked: list[Tensor]) -> list[Tensor]:
+    """The reverse of stacked, in the order of Experts' parameters."""
+    first, last = (each.mT for each in stacked)
+    gated = problem.experts.w_gate is not None
+    parts = {"w_out": last} | dict(zip(("w_gate", "w_in") if gated else ("w_in",), first.chunk(1 + gated, -1)))
+    return [parts[name] for name, _ in problem.experts.named_parameters()]
 
 
 def _swiglu(both: Tensor) -> Tensor:
@@ -159,4 +166,4 @@ def _called(problem: Problem, holder: Any, forward: Callable[..., Tensor]) -> Wa
     chosen = problem.routing.expert[:, None]
     ones = torch.ones(len(chosen), 1, device=problem.device, dtype=problem.dtype)
 
-    return Way(lambda x: forward(x, chosen, ones), [holder.gate_up_proj, holder.down_proj], same_layout=False)
+    return Way(lambda x: forward(x, chosen, ones), [holder.gate_up_proj, holder.down_proj], partial(unstacked, problem))

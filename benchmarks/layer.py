@@ -30,7 +30,7 @@ SIZES = {"1": (65536, 1024, 4096, 64), "2": (65536, 512, 2048, 128), "3": (8192,
 SIZES["tiny"] = (256, 32, 64, 4)
 CURVES = {"T": [2**n for n in range(10, 19)], "E": [2**n for n in range(9)]}
 TINY_CURVES = {"T": [64, 256], "E": [1, 4]}
-DENSE, OURS = "dense", "ours, plan ahead"
+DENSE, OURS, GRAPH = "dense", "ours, plan ahead", ", CUDA graph"
 
 
 def main(words: list[str] | None = None) -> None:
@@ -59,39 +59,44 @@ def one_size(sizes: dict[str, int], args: Namespace, device: torch.device) -> li
     torch.compiler.reset()
     problem = Problem(sizes["T"], sizes["D"], sizes["F"], sizes["E"], args.activation, device)
     wanted = {dense: reference(problem, dense) for dense in (True, False)}
-    errors, absent, steps = {}, {}, {}
+    made, errors, absent, steps = {}, {}, {}, {}
     for name, make in ways(problem, args).items():
         try:
-            way = make()
-            errors[name] = error_of(problem, way, wanted[name == DENSE])
-            steps[name] = partial(gradients, problem, way)
+            made[name] = make()
+            steps[name] = partial(gradients, problem, made[name])
+            errors[name] = error_of(problem, made[name], steps[name](), wanted[name == DENSE])
         except (ImportError, ValueError, RuntimeError, TypeError, AttributeError) as reason:
             if name in (DENSE, OURS):
                 raise
+            steps.pop(name, None)
             absent[name] = f"not run: {type(reason).__name__}: {str(reason).splitlines()[0][:60]}"
     if device.type == "cuda":  # without launches, which dominate small sizes
         for name in [name for name in steps if name == DENSE or name.endswith("plan ahead")]:
-            steps[f"{name}, CUDA graph"] = recorded(steps[name])
+            replay, found = recorded(steps[name])
+            replay()
+            errors[name + GRAPH] = error_of(problem, made[name], found, wanted[name == DENSE])
+            steps[name + GRAPH] = replay
     steps["making the plan"] = lambda: make_plan(problem.routing.expert, sizes["E"])
-    inner = 1 if device.type == "cpu" else max(1, min(20, int(0.02 / measured(steps[DENSE], device, 5) * 5)))
+    inner = max(1, min(20, int(0.1 / measured(steps[DENSE], device, 5))))
     seconds = interleaved(steps, device, args.rounds, inner=inner)
-    floor = in_milliseconds(seconds[DENSE])["ms"]
     memory = {name: kept_bytes(problem, ways(problem, args)[name]()) for name in (DENSE, OURS)}
     rows = []
     for name, each in seconds.items():
         row: Row = {"way": name} | in_milliseconds(each)
-        if name != "making the plan":
-            row |= {"x dense": row["ms"] / floor, "TFLOP/s": problem.flops / row["ms"] / 1e9, "error": errors.get(name)}
+        if name in errors:
+            floor = in_milliseconds(seconds[DENSE + GRAPH * name.endswith(GRAPH)])["ms"]  # like over like
+            row |= {"x dense": row["ms"] / floor, "TFLOP/s": problem.flops / row["ms"] / 1e9, "error": errors[name]}
+        row |= {"path": problem.path} if name.startswith("ours") else {}
         rows.append(row | ({"kept MB": memory[name] / 1e6} if name in memory else {}))
     return rows + [{"way": name, "note": reason} for name, reason in absent.items()]
 
 
-def recorded(step: Callable[[], object]) -> Callable[[], None]:
-    """Replays a step that has run once already."""
+def recorded(step: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+    """What replays a step that has run once already, and where it leaves its results."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        found = step()
+    return graph.replay, found
 
 
 def kept_bytes(problem: Problem, way: Way) -> int:
@@ -126,6 +131,8 @@ def ways(problem: Problem, args: Namespace) -> dict[str, Callable[[], Way]]:
         "transformers, grouped_mm": lambda: transformers_experts(problem),
         "Liger": lambda: liger_experts(problem),
     }
+    if problem.device.type == "cpu":  # where fused is plain torch
+        del found[f"{another}, plan ahead"]
     if args.no_loop:
         del found["loop over experts"]
     return found

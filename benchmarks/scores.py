@@ -59,7 +59,9 @@ def of_a_run(folder: Path, tokens: int, experts: int) -> Tensor:
     if not model.sparse:
         raise ValueError(f"{folder} has no sparse layer")
     length = settings.data.sequence_length
-    batches = TrainingBatches(Split(prepared, "train", length), -(-tokens // length), settings.seed)
+    group = settings.train.routing_group
+    rows = -(-tokens // (length * group)) * group  # whole groups, of which routers take loads and assignments
+    batches = TrainingBatches(Split(prepared, "train", length), rows, settings.seed)
     seen: list[Tensor] = []
     ffn = next(iter(model.sparse.values()))
     hook = ffn.router.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))

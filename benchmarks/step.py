@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from benchmarks.timing import (
     Row,
     command,
+    count,
     device_of,
     in_milliseconds,
     in_turn,
@@ -54,6 +55,7 @@ class Arm:
         nothing = lambda *_: None  # noqa: E731
         self.trainer = Trainer(settings, *parts, nothing, nothing, nothing, [])
         self.flops, self.settings, self.device = session.model.train_flops_per_token(), settings, session.device
+        self.path = session.model.path if session.model.routers else None
         self.tokens = settings.train.batch_size * settings.data.sequence_length
         self.ahead = ThreadPoolExecutor(1)
         self.gaps: list[torch.Tensor] = []
@@ -116,7 +118,7 @@ def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
     made.add_argument("--arms", type=names, default=ARMS, help="names with commas between")
-    made.add_argument("--block", type=int, default=10, help="steps of an arm in a row")
+    made.add_argument("--block", type=count, default=10, help="steps of an arm in a row")
     made.add_argument("--curve", choices=CURVES)
     made.add_argument("--values", type=numbers, help="of the curve; default: 1,2,4,8 as far as there are; 128 to 2048")
     return with_overrides(made, words)
@@ -166,7 +168,7 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
         row |= {"tokens/s": rate, "over the first": rate / first, "share of 790 TFLOP/s": share, "syncs": syncs[name]}
         row["ms for batch and plan"] = row["ms"] - in_milliseconds(again[name])["ms"]
         row |= {"graph breaks": breaks[name] if arm.settings.train.compile else None}
-        rows.append(row | {"gap": max(map(float, arm.gaps), default=None)})
+        rows.append(row | {"gap": max(map(float, arm.gaps), default=None), "path": arm.path})
         arm.ahead.shutdown()
     return rows
 

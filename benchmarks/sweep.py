@@ -1,7 +1,9 @@
 """What a sweep of short jobs spends on anything but training: python -m benchmarks.sweep [--scale small] [OVERRIDES]
 
 Four methods with three seeds each, by run.py's own queue, into a folder of their own. Training is counted as tokens
-over the median of the logged rates, so that compiling is no training; from one job's result to the next is its time.
+over the median of the logged rates, so that compiling is no training; from one job's result to the next is its time,
+which is told where one job runs after the other. With hydra.launcher.jobs_per_gpu=2, or on several GPUs, only what each
+job took and what all together did.
 """
 
 import json
@@ -11,9 +13,14 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from statistics import median
 
-from benchmarks.timing import Row, command, device_of, names, parser, report, with_overrides
+import torch
+
+from benchmarks.timing import Row, command, count, device_of, names, parser, report, with_overrides
 from training.provenance import ROOT
+
+SLOTS = ("jobs_per_gpu", "cpu_slots")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -27,21 +34,31 @@ def main(words: list[str] | None = None) -> None:
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", *jobs, *chosen], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
-        rows = jobs_of(Path(runs), began)
-    rest = [row["not training, s"] for row in rows if row["of its kind"] > 1]
-    print(f"not training, mean of the jobs after the first of a kind: {sum(rest) / max(1, len(rest)):.2f} s")
-    report("sweep", rows, args, device)
+        seconds, rows = time.time() - began, jobs_of(Path(runs), began, alone(args.overrides, device))
+    rest = [row["in the job, s"] for row in rows if row["of its kind"] > 1]
+    print(
+        f"all jobs: {seconds:.1f} s; in a job but not training, median after the first of a kind: {median(rest):.2f} s"
+    )
+    report("sweep", rows, args, device, seconds=seconds)
 
 
 def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__, rounds=False)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
     made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
-    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--seeds", type=count, default=3)
     return with_overrides(made, words)
 
 
-def jobs_of(runs: Path, began: float) -> list[Row]:
+def alone(overrides: list[str], device: torch.device) -> bool:
+    """Whether the queue runs one job after the other."""
+    at_once = {key: int(value) for key, _, value in (word.partition("=") for word in overrides) if key.endswith(SLOTS)}
+    if device.type == "cuda":
+        return torch.cuda.device_count() * at_once.get(f"hydra.launcher.{SLOTS[0]}", 1) == 1
+    return at_once.get(f"hydra.launcher.{SLOTS[1]}", 1) == 1
+
+
+def jobs_of(runs: Path, began: float, one_by_one: bool) -> list[Row]:
     """A row for each finished job in the order in which they finished; the first also starts the queue."""
     finished = sorted(runs.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
     rows, before, seen = [], began, {}
@@ -50,8 +67,9 @@ def jobs_of(runs: Path, began: float) -> list[Row]:
         seen[arm] = seen.get(arm, 0) + 1
         whole, before = path.stat().st_mtime - before, path.stat().st_mtime
         training = result["tokens"] / result["tokens_per_second"]
-        row = {"arm": arm, "of its kind": seen[arm], "whole, s": whole, "training, s": training}
-        rows.append(row | {"not training, s": whole - training, "in the job, s": result["seconds"] - training})
+        row = {"arm": arm, "of its kind": seen[arm], "training, s": training}
+        row |= {"whole, s": whole, "not training, s": whole - training} if one_by_one else {}
+        rows.append(row | {"in the job, s": result["seconds"] - training})
     return rows
 
 

@@ -34,7 +34,9 @@ def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentPar
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     if rounds:
-        made.add_argument("--rounds", type=int, default=20, help="times that each is measured, in turn with the others")
+        made.add_argument(
+            "--rounds", type=count, default=20, help="times that each is measured, in turn with the others"
+        )
     made.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="where JSON and plots go")
     return made
 
@@ -45,6 +47,13 @@ def with_overrides(made: argparse.ArgumentParser, words: list[str] | None) -> ar
     if strange := [word for word in args.overrides if "=" not in word]:
         made.error(f"unknown: {' '.join(strange)}")
     return args
+
+
+def count(text: str) -> int:
+    """Of an option: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text}")
+    return int(text)
 
 
 def names(text: str) -> list[str]:
@@ -141,7 +150,7 @@ def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.d
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
     }
     origin = {
-        "command": ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]],
+        "command": ["python", "-m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]],
         "options": options,
         "commit": GIT["commit"],
         "dirty": GIT["dirty"],

@@ -17,7 +17,7 @@ from models.fused import Fused
 from routers.routing import Plan, Routing, make_plan
 
 PATHS = ("auto", "fused", "grouped_mm", "loop")
-SMALL = 2**34  # multiply-adds of a product on rows: below, launches take longer than the work, and fused's the longest
+SMALL = 2**34  # multiply-adds of a product on rows: to there launches take longer than the work, fused's longest
 
 
 def choose_path(wanted: str, device: torch.device, dtype: torch.dtype, work: float = math.inf) -> str:
@@ -34,7 +34,7 @@ def choose_path(wanted: str, device: torch.device, dtype: torch.dtype, work: flo
     rules = {"fused": (fused, "bf16 on a Hopper GPU, and Triton")}
     rules["grouped_mm"] = good, "bf16 on a Hopper GPU or float32 on a CPU"
     if wanted == "auto":
-        if fused and work >= SMALL:
+        if fused and work > SMALL:
             return "fused"
         return "grouped_mm" if good else "loop"
     can, rule = rules.get(wanted, (True, ""))

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks import agree, assignment, layer, prepare, step, sweep
-from benchmarks.ffns import Problem, Way, error_of, reference
+from benchmarks.ffns import Problem, Way, error_of, gradients, reference, stacked, unstacked
+from benchmarks.scores import of_a_run
 from benchmarks.timing import interleaved, saved_bytes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose_config
+from training.job import FINISHED, run
 
 CPU = torch.device("cpu")
 
@@ -36,9 +38,23 @@ def test_a_way_that_is_wrong_is_not_timed():
     parameters = list(problem.experts.parameters())
     wanted = reference(problem, dense=False)
     for forward in (problem.loop, problem.grouped, lambda x: problem.ours(x, problem.plan)):
-        assert error_of(problem, Way(forward, parameters), wanted) <= 1e-5
+        way = Way(forward, parameters)
+        assert error_of(problem, way, gradients(problem, way), wanted) <= 1e-5
+    way = Way(lambda x: 1.01 * problem.loop(x), parameters)
     with pytest.raises(ValueError, match="off by"):
-        error_of(problem, Way(lambda x: 1.01 * problem.loop(x), parameters), wanted)
+        error_of(problem, way, gradients(problem, way), wanted)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_peers_gradients_are_compared_in_our_layout(activation):
+    problem = Problem(64, 16, 32, 4, activation, CPU)
+    first, last, gated = stacked(problem)
+    assert first.shape == (4, 64 if gated else 32, 16) and last.shape == (4, 16, 32)
+    back = unstacked(problem, [first, last])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(problem.experts.parameters(), back, strict=True))
+    wanted = reference(problem, dense=False)
+    y, dx, *others = wanted
+    assert error_of(problem, Way(problem.loop, [], lambda found: found[::-1]), [y, dx, *others[::-1]], wanted) == 0
 
 
 def test_candidates_are_measured_in_turn():
@@ -75,13 +91,29 @@ def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
     assert all(0 <= row["gap"] < 0.05 for row in rows)
 
 
+def test_a_run_is_read_in_whole_routing_groups(tiny, tmp_path):
+    """32 tokens a row, two rows a group: 70 tokens are in three rows, so four are read."""
+    words = [*tiny, "router=switch", "router.capacity_factor=1", "record.keep_weights=true"]
+    assert run(compose_config(*words)) == FINISHED
+    scores = of_a_run(next((tmp_path / "runs").glob("switch-*")), 70, 8)
+    assert scores.shape == (1, 70, 8)
+
+
+@pytest.mark.parametrize(("words", "one_by_one"), [([], True), (["cpu_slots=1"], True), (["cpu_slots=2"], False)])
+def test_a_job_has_a_time_of_its_own_where_one_runs_after_the_other(words, one_by_one):
+    assert sweep.alone([f"hydra.launcher.{word}" for word in words], CPU) == one_by_one
+
+
 @pytest.mark.long
 def test_paths_that_train_the_same_model_say_so(tiny, tmp_path):
     words = ["--device=cpu", "--scale=smoke", "--arms=switch", "--steps=10", f"--out={tmp_path}", *tiny[:-1]]
     agree.main(words)
     rows = {(row["run"], row["and"]): row for row in written(tmp_path, "agree")}
     assert rows["auto", "auto again"]["same bits"] and rows["auto", "auto again"]["largest"] == 0
-    assert 0 < rows["auto", "loop"]["largest"] < 1e-3 and not rows["auto", "loop"]["same bits"]
+    assert rows["auto", "loop"]["largest"] < 1e-3
+    assert rows["auto", "loop"]["paths"] == "grouped_mm and loop"
+    again = rows["switch, deterministic", "switch, deterministic, again"]
+    assert again["of plain"] > 0 and again["paths"] == "grouped_mm"
     assert rows["switch, deterministic", "switch, deterministic, again"]["same bits"]
 
 

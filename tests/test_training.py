@@ -273,6 +273,31 @@ def test_what_is_not_finite_changes_no_weight_and_no_state(where):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is Triton's, for GPUs")
+def test_an_update_in_one_pass_is_adamws(monkeypatch):
+    """16M weights: by our kernel and by torch's, five steps of different rates, clipped, one of them not finite."""
+    draws = torch.Generator("cuda").manual_seed(0)
+    first = torch.randn(4, 2048, 2048, device="cuda", generator=draws)
+    ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
+    optimizers = [
+        torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True) for p in (ours, theirs)
+    ]
+    for number in range(5):
+        gradient = torch.randn(first.shape, device="cuda", generator=draws)
+        if number == 3:
+            gradient[0, 0, 0] = float("nan")
+        for parameter, optimizer, kernel in zip((ours, theirs), optimizers, (True, False)):
+            parameter.grad = gradient.clone()
+            monkeypatch.setattr("training.optimizer._in_one_pass", lambda p, kernel=kernel: kernel)
+            _, finite = step(optimizer, 1e-2 * (number + 1), torch.ones((), device="cuda"), 1.0)
+            assert bool(finite) == (number != 3)
+    states = [optimizer.state[p] for p, optimizer in zip((ours, theirs), optimizers)]
+    assert float(states[0]["step"]) == float(states[1]["step"]) == 4
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-5, atol=1e-9)
+
+
 def test_a_diverged_run_is_finished_as_diverged(tiny, monkeypatch):
     words = ["router=dense", *tiny, "record.keep_optimizer=true", "record.checkpoint_every=1", "record.log_every=100"]
     losses = loop.Trainer.forward_backward
