@@ -1,5 +1,6 @@
 """All sweeps: how many jobs each has, how they stand, and the time that is still needed."""
 
+import functools
 import multiprocessing
 import os
 from collections import Counter
@@ -38,6 +39,7 @@ class Standing(NamedTuple):
 
 
 def standing_of(name: str, words: list[str]) -> Standing:
+    """In a process that does this for several sweeps."""
     try:
         compose, jobs = jobs_of([f"sweeps={name}", *words])
         plan = Plan(compose, find_data)
@@ -45,7 +47,7 @@ def standing_of(name: str, words: list[str]) -> Standing:
             plan.check(each)
         plan.open()
         valid = [(job.settings, job.run) for job in plan.jobs if job.settings]
-        pace = Pace(Path(valid[0][0].runs)) if valid else None
+        pace = pace_of(valid[0][0].runs) if valid else None
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         return Standing(name, {}, [f"{name}: {one_line(error)}"])
     runs, costs = {}, {}
@@ -60,6 +62,11 @@ def standing_of(name: str, words: list[str]) -> Standing:
     errors = plan.errors()
     wrong = [f"{name}: {len(errors)} of {len(plan.jobs)} jobs are invalid: {errors[0]}"] if errors else []
     return Standing(name, runs, wrong)
+
+
+@functools.cache
+def pace_of(runs: str) -> Pace:
+    return Pace(Path(runs))
 
 
 def row(name: str, runs: dict[str, tuple[str, float | None]]) -> list[str | int]:
@@ -77,9 +84,9 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        found, terminal = pool.map(standing_of, names, [words] * len(names)), Console(stderr=True)
-        quiet = not terminal.is_terminal
-        every = list(track(found, "counting jobs", len(names), console=terminal, transient=True, disable=quiet))
+        backwards, terminal = list(reversed(names)), Console(stderr=True)  # tune, the longest, first
+        found, quiet = pool.map(standing_of, backwards, [words] * len(names)), not terminal.is_terminal
+        every = list(track(found, "counting jobs", len(names), console=terminal, transient=True, disable=quiet))[::-1]
     together = {run: state for each in every for run, state in each.runs.items()}
     rows = [*(row(each.name, each.runs) for each in every), row("all, shared runs once", together)]
     headers = ["sweep", "jobs", *STATES, "time needed"]

@@ -66,10 +66,10 @@ class Plan:
             settle(config, words)
             earlier = [each.settings for each in self.jobs if each.settings]
             key = tuple(word for word in words if not word.startswith(("seed=", "table_seed=", "repeat=")))
-            if (key, place) in self.alike:
-                job.settings = read_like(config, self.alike[key, place], earlier)
+            if key in self.alike:
+                job.settings = read_like(config, self.alike[key], earlier)
             job.settings = job.settings or read(config, earlier)
-            self.alike[key, place] = config, deepcopy(job.settings)
+            self.alike[key] = config, deepcopy(job.settings)
         except (OmegaConfBaseException, ValueError, OSError) as error:
             job.error = one_line(error)
         return job

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from test_sweeps import plan_of
 
 from analysis import ledger
 from analysis.report import report
+from sweeps.composing import jobs_of
+from sweeps.plan import Plan
 from training.build import open_data
 from training.compose import composed
+from training.identity import digest_of
+from training.preflight import read
 from training.tuning import Space, settle, space_of, value_at
 
 SPACES = sorted(path.stem for path in (ROOT / "conf" / "tuning").glob("*.yaml"))
@@ -231,6 +236,34 @@ def test_a_trial_is_a_factor_of_the_scales_rate_and_a_seed_that_no_table_has():
     assert trial(trial=[-1, 2]) == ("switch_trial_-1_2", 0.0005, 1.0)
     with pytest.raises(ValueError, match="seed must be at least 100 for a trial; got 3"):
         trial(trial=[0, 0], seed=3)
+
+
+def checked(*words: str) -> Plan:
+    """The trials of these arms, before their runs are opened."""
+    compose, jobs = jobs_of(["sweeps=tune", *words])
+    plan = Plan(compose, open_data)
+    for each in jobs:
+        plan.check(each)
+    return plan
+
+
+def test_trials_are_read_as_each_would_be_alone(tiny):
+    plan = checked("router=dense,switch,hash_clustered,first_k_hash", *tiny, "model.sparse_layers=[0,1]")
+    assert plan.errors() == [] and len(plan.jobs) == 32
+    for number, job in enumerate(plan.jobs):
+        config = deepcopy(job.config) | {"trial": job.place}
+        settle(config, job.words)
+        alone = read(config, [each.settings for each in plan.jobs[:number]])
+        assert (alone.arm, alone.train.lr, alone.trial) == (job.settings.arm, job.settings.train.lr, job.settings.trial)
+        assert digest_of(alone, "text") == digest_of(job.settings, "text")
+    assert len({digest_of(job.settings, "text") for job in plan.jobs}) == 32
+
+
+def test_a_trial_with_a_wrong_option_is_refused_as_if_read_alone(tiny, tmp_path, monkeypatch):
+    (tmp_path / "odd.yaml").write_text("lr: [1, 2]\nknob: router.jitter\nvalues: [0.5, 5]")
+    monkeypatch.setattr("training.tuning.SPACES", tmp_path)
+    plan = checked(*tiny, "router=switch", "space=odd")
+    assert len(plan.jobs) == 4 and sum("jitter" in error for error in plan.errors()) == 2
 
 
 def test_a_plan_adds_trials_beyond_an_edge_once_all_have_ended(tiny):

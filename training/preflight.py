@@ -51,32 +51,37 @@ def read(config: DictConfig | dict[str, Any], planned: Sequence[Settings] = ()) 
     return settings
 
 
-# What another seed of an arm changes of its config.
-SEEDED = (".seed", ".table_seed", ".repeat", ".arm", ".router.baseline", ".train.init_from")
+# What another seed or trial of an arm changes of its config, beside options of the router.
+CHANGED = (".seed", ".table_seed", ".repeat", ".arm", ".trial", ".train.lr", ".train.init_from")
 
 
 def read_like(
     config: dict[str, Any], like: tuple[dict[str, Any], Settings], planned: Sequence[Settings] = ()
 ) -> Settings | None:
-    """What read gives, ten times as fast, of a config that differs from another one by its seeds; None if by more.
+    """What read gives, ten times as fast, of a config that differs from another one by its seeds or as a trial does;
+    None if by more.
 
     like: the other one and its settings, as it was read. Raises ValueError as read does.
     """
     other, settings = like
     changes = list(differences("", config, other))
-    if any(place not in SEEDED for place, _, _ in changes):
+    options = {place for place, _, _ in changes if place.startswith(".router.")}
+    if ".router._target_" in options or any(place not in CHANGED for place, _, _ in changes if place not in options):
         return None
     settings = deepcopy(settings)
     for place, value, _ in changes:
         *groups, name = place.split(".")[1:]
-        if not groups:
-            setattr(settings, name, value)
-        elif groups == ["router"]:
-            settings.router[name] = value
+        group: Any = settings
+        for each in groups:
+            group = group[each] if isinstance(group, dict) else getattr(group, each)
+        if isinstance(group, dict):
+            group[name] = value
         else:
-            setattr(settings.train, name, value)
+            setattr(group, name, value)
     _check_rules(settings, "")
-    find_baseline(settings, planned)
+    baseline = find_baseline(settings, planned)
+    if options - {".router.baseline"}:
+        check_routers(settings, make_dictionary(settings.tokenizer).size(), baseline)
     check_start(settings, planned)
     return settings
 
