@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "sweeps"))  # Hydra finds plugins in sweeps/hydra_plu
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
@@ -41,7 +42,11 @@ def errors_as_one_line() -> Iterator[None]:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def composed(config: DictConfig) -> None:
     with errors_as_one_line():
-        settle(apart(config), HydraConfig.get().overrides.task)
+        hydra_config = HydraConfig.get()
+        name = hydra_config.runtime.choices.get("sweeps")
+        if name and hydra_config.mode == RunMode.RUN:
+            raise ValueError(f"sweeps={name} is of many runs and needs -m: python run.py -m sweeps={name}")
+        settle(apart(config), hydra_config.overrides.task)
         sys.exit(dry_run.report([dry_run.single(config)]) if config.dry_run else job.run(config))
 
 

@@ -85,7 +85,7 @@ def examine(part: Part, runs: pd.DataFrame, margin: float, repeats: pd.DataFrame
         return apart
     floor = np.nan if repeats is None or repeats.empty else _floor(part, _finished(repeats))
     n = [min(estimate.n, list(own["arm"]).count(arm)) for arm in contrast]
-    floor = floor_of_means(floor, [*contrast.values()], n)
+    floor, estimate = floor_of_means(floor, [*contrast.values()], n), estimate._replace(n=min(n))
     told = Outcome(line(part), "", estimate, claims.unit_of(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
         p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan

@@ -31,6 +31,8 @@ class Evaluation:
         with safe_open(folder / "evaluation.safetensors", "np") as file:
             self.sums = {key[5:]: file.get_tensor(key) for key in file.keys() if key.startswith("test/")}  # noqa: SIM118
             about = file.metadata() or {}
+        if "packed" in about:
+            raise ValueError(f"{folder} comes from analysis.pack, which leaves out what --explain needs")
         if "input_tokens" not in self.sums:
             raise ValueError(f"{folder} was evaluated before --explain was made; delete it and train it again")
         self.names = dict(json.loads(about["frequent_tokens"]))  # of frequent ids, in order

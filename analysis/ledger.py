@@ -141,7 +141,10 @@ def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
     edge = dict.fromkeys(row["arm"] for row in rows if row["at_edge"])
     lines = ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)] if left else []
     lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]
-    lines += [f"{folder / 'ledger.csv'}: tuned={folder / 'ledger.csv'} uses it in any sweep"]
+    usable = sorted({row["arm"] for row in rows if row["chosen"]})
+    few = f" of {', '.join(usable)}" if left and usable else ""
+    use = f"tuned={folder / 'ledger.csv'} uses it{few} in any sweep" if usable else "nothing is chosen in it yet"
+    lines += [f"{folder / 'ledger.csv'}: {use}"]
     return tabulate(shown, headers="keys", disable_numparse=True, missingval=""), "\n".join(lines)
 
 

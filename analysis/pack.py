@@ -45,7 +45,13 @@ def kept(folder: Path) -> Iterator[tuple[str, bytes]]:
     if (folder / "evaluation.safetensors").exists():
         with safe_open(folder / "evaluation.safetensors", "np") as file:
             small = [key for key in file.keys() if not key.partition("/")[2].startswith(LARGE)]  # noqa: SIM118
-            yield "evaluation.safetensors", save({key: file.get_tensor(key) for key in small}, file.metadata())
+            yield (
+                "evaluation.safetensors",
+                save(
+                    {key: file.get_tensor(key) for key in small},
+                    (file.metadata() or {}) | {"packed": "without " + ", ".join(LARGE)},
+                ),
+            )
 
 
 def thinned(text: str) -> str:

@@ -25,6 +25,8 @@ def mirrors(name: str, runs: Path, offline: Path | None, project: str | None, ap
     offline: a folder with offline files at any depth; project: entity/project; api: a wandb.Api. ValueError if the
     project cannot be read.
     """
+    if offline is not None and not offline.is_dir():
+        raise ValueError(f"--offline {offline} is no folder")
     places = [offline_mirror(offline)] if offline is not None else []
     if project is not None:
         known = (runs / "sweeps" / f"{name}.json").exists()

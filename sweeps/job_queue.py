@@ -114,6 +114,9 @@ class Queue:
 
     def conclude(self) -> int:
         """Prints that all is well, or what is not finished, why, and how to go on. Returns the exit status."""
+        for job in self.jobs:
+            if job.result().get("outcome") == "finished":  # by another process, if not by this one's
+                job.status = 0
         finished, total = sum(job.status == 0 for job in self.jobs), len(self.jobs)
         print(f"{finished} of {total} jobs are finished, after {duration(time.time() - self.began)}")
         for job in self.jobs:

@@ -113,6 +113,7 @@ FATAL = [
     (["router=swich"], "router=swich is not there; did you mean router=switch?"),
     (["wandbb=offline"], "did you mean wandb?"),
     (["-m", "sweeps=nothing"], "sweeps/nothing"),
+    (["sweeps=main"], "needs -m: python run.py -m sweeps=main"),
     (["-m", "router=dense,switch", "train.lr=abc"], "train.lr"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),
     (["data.sequence_length=100000"], "fewer than one window"),

@@ -249,6 +249,15 @@ def test_a_sweep_with_one_wrong_job_starts_nothing_and_names_it(tmp_path):
     assert not list(tmp_path.glob("runs/dense-*"))
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_no_failure(tmp_path, capsys):
+    done, lost = (Job(tmp_path / name, DictConfig({}), status=1) for name in ("done", "lost"))
+    done.folder.mkdir()
+    (done.folder / "result.json").write_text('{"outcome": "finished", "val/ce": 5.0, "tokens_per_second": 1.0}')
+    assert Queue([done, lost], [{}], print, (), 1.0).conclude() == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 jobs are finished" in printed and "  lost failed" in printed and "  done" not in printed
+
+
 def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(tmp_path, tiny):
     sweep = [*tiny, "seed=0,1,1", "train.steps=1", "train.warmup_steps=0", "model.sparse_layers=[]"]
     first = multirun(tmp_path, *sweep)

@@ -17,7 +17,7 @@ from analysis.arms import declared, described, load, references, timed_against
 from analysis.behind import read, write
 from analysis.pack import pack, thinned
 from analysis.published import by_arm, curves, difference, differences, published, routing_curves
-from analysis.report import main, report
+from analysis.report import explained, main, report
 from training.job import FINISHED, run
 
 PLACES = (16, 32)
@@ -114,6 +114,8 @@ def test_runs_brought_home_in_an_archive_give_the_same_tables(runs, tmp_path):
         report("modules", runs if name == "whole" else home, tmp_path / name)
     tables = [files_of(tmp_path / name / "smoke" / "modules") for name in ("whole", "packed")]
     assert tables[0] == tables[1]
+    with pytest.raises(ValueError, match="comes from analysis.pack, which leaves out what --explain needs"):
+        explained("modules", home, tmp_path / "packed")
     with pytest.raises(FileExistsError):
         pack(runs, archive)
     text = "".join(f'{{"step": {n}}}\n' + f'{{"step": {n}, "val/ce": 1}}\n' * (n % 50 == 0) for n in range(1, 1001))

@@ -206,7 +206,7 @@ def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(r
     kept = composed(["router=switch", word, "router.load_balance_coef=0.5"])
     assert (kept.train.lr, kept.router.load_balance_coef) == (0.002, 0.5)
     assert composed(["router=dense", word]).train.lr == 0.002
-    with pytest.raises(ValueError, match="has chosen nothing for base; python run.py -m sweeps=tune router=base tries"):
+    with pytest.raises(ValueError, match="has chosen nothing for base: .*run.py -m sweeps=tune router=base with"):
         composed(["router=base", word])
     assert composed(["router=base", word, "space=null"]).train.lr == composed(["router=base"]).train.lr
     with pytest.raises(ValueError, match="is of scale=smoke, whose rates are not those of scale=small"):

@@ -567,6 +567,16 @@ def test_committed_results_are_read_without_any_run_folder(trained, tmp_path, ca
     assert max(map(len, said.splitlines())) <= 120
 
 
+def test_n_is_that_of_the_arm_with_fewest_runs():
+    cells = [("dense", seed) for seed in range(5)] + [("other", seed) for seed in range(5)] + [("few", 0), ("few", 3)]
+    losses = [5 + 0.1 * seed + 0.001 * ((seed * 7 + len(arm)) % 3) for arm, seed in cells]
+    runs = pd.DataFrame({"arm": [arm for arm, _ in cells], "seed": [seed for _, seed in cells], "test/ce": losses})
+    runs["id"] = [f"{arm}-s{seed}" for arm, seed in cells]
+    for names, n in ((("dense", "other"), 5), (("dense", "few"), 2)):
+        part = {"sweep": "main", "weights": dict(zip(names, (1, -1))), "expect": "below"}
+        assert examine(part, runs, 0.008).estimate.n == n
+
+
 def test_nothing_is_printed_twice_where_nothing_was_run():
     said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05)
     assert said.count("C4 ") == 1 and said.count("not run") == 13

@@ -61,6 +61,11 @@ def same(one, other) -> None:
     assert one.config == other.config and one.scale == other.scale
 
 
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--offline .*nowhere is no folder"):
+        mirrors("quickstart", tmp_path, tmp_path / "nowhere", None)
+
+
 def test_what_training_logged_comes_back_from_the_offline_files_alone(trained, wandb_alone, tmp_path):
     expected = read_study("pair", trained)
     found = read_study("pair", wandb_alone, mirrors("pair", wandb_alone, wandb_alone, None))

@@ -101,12 +101,14 @@ def from_ledger(ledger: str, arm: str, scale: str) -> dict[str, Any]:
                 (row["lr"], row["knob"], row["value"]) for row in rows if row["arm"] == arm and row["chosen"] == "True"
             }
     except (OSError, KeyError) as error:
-        raise ValueError(f"tuned={ledger} is no ledger that can be read: {error!r}") from error
+        what = f"it has no column {error}" if isinstance(error, KeyError) else error.strerror
+        raise ValueError(f"tuned={ledger} is no ledger that can be read: {what}") from error
     if scales:
         raise ValueError(f"tuned={ledger} is of scale={scales.pop()}, whose rates are not those of scale={scale}")
     if len(chosen) != 1:
         raise ValueError(
-            f"tuned={ledger} has chosen nothing for {arm}; python run.py -m sweeps=tune router={arm} tries"
+            f"tuned={ledger} has chosen nothing for {arm}: it was not tried, or its best trial lies at an edge; "
+            f"python run.py -m sweeps=tune router={arm} with all else as in the ledger's trials tries what is left"
         )
     ((lr, knob, value),) = chosen
     return {"train.lr": float(lr)} | ({knob: float(value)} if knob else {})
