@@ -107,17 +107,18 @@ def several_commits(counted: pd.DataFrame) -> list[str]:
 
 
 def unlogged(study: Study, folder: Path) -> list[str]:
-    """A line for what wandb lacks of counted runs that it alone has: for how many, and what."""
+    """A line for what is not known of counted runs, in wandb or in their folders: of how many, and what."""
     lacks = Counter()
     for run in study.counted["id"]:
         found = study.found[run]
-        if found.mirrored:
-            missing = [key for key in WANTED if not found.origin().get(key)]
-            missing += [] if found.config() else ["config"]
-            missing += [] if (folder / run / "evaluation.safetensors").exists() else ["losses of single test documents"]
-            lacks.update([", ".join(missing)] if missing else [])
+        missing = [key for key in WANTED if not found.origin().get(key)]
+        missing += [] if _config(found) else ["config"]
+        missing += [] if len(found.metrics.curve()) else ["validations during training"]
+        missing += [] if (folder / run / "evaluation.safetensors").exists() else ["losses of single test documents"]
+        if missing:
+            lacks["read from wandb, which lacks of" if found.mirrored else "not kept of", ", ".join(missing)] += 1
     of = len(study.counted)
-    return [f"read from wandb, which lacks of {count} of {of} counted runs: {keys}" for keys, count in lacks.items()]
+    return [f"{where} {count} of {of} counted runs: {keys}" for (where, keys), count in lacks.items()]
 
 
 def write(runs: pd.DataFrame, path: Path) -> None:
@@ -175,7 +176,8 @@ def of_published(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
     """By run: training seconds until its validation loss was that of another arm's last validation with the same seed,
-    between validations by a straight line; absent if it never was, or without such a run. of: arm -> that arm."""
+    between validations by a straight line; infinite if it never was, absent without both curves. of: arm -> that one.
+    """
     curves = {key: curve.sort_values("step") for key, curve in study.curves.groupby(["arm", "seed"])}
     found = {}
     for run in study.counted.to_dict("records"):
@@ -189,7 +191,7 @@ def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
 def _crossing(seconds: Any, losses: Any, wanted: float) -> float:
     x, y = seconds.to_numpy(float), losses.to_numpy(float)
     if not (y <= wanted).any():
-        return np.nan
+        return np.inf
     at = int(np.argmax(y <= wanted))
     if at == 0:
         return x[0]

@@ -90,7 +90,7 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     counted = runs.loc[runs["outcome"] == "finished", "run_command"].fillna("")
     if shared := sum(counted.str.contains(r"jobs_per_gpu=(?:[2-9]|\d\d)")):
         lines.insert(5, f"  {shared} of {len(counted)} runs shared their GPU with other jobs of a sweep")
-    if ((frame["reached"] > 0) & (frame["reached"] < frame["n"])).to_numpy().any():
+    if ((frame["reached"] > 0) & (frame["reached"] < frame["timed"])).to_numpy().any():
         lines.append("  (k of n): mean over the k runs that came to it")
     if frame["test_bits_per_byte"].notna().to_numpy().any():
         lines.append(
@@ -99,7 +99,7 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     if (share := float(np.min(frame["test_priced_share"].to_numpy()))) < 0.99:
         lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
     if {"curve_tokens", "val/tokens"} <= set(runs):
-        read, whole = (float(np.nanmax(runs[key].to_numpy(float))) for key in ("curve_tokens", "val/tokens"))
+        read, whole = (float(runs[key].astype(float).max()) for key in ("curve_tokens", "val/tokens"))
         if read < whole:
             lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     return lines

@@ -111,10 +111,12 @@ def losses(runs: Any) -> dict[str, float]:
 
 
 def costs(runs: Any) -> dict[str, float]:
-    """Means; of the time to the reference's loss over the runs that came to it, and how many those are."""
+    """Means; of the time to the reference's loss over the runs that came to it, how many those are, and of how many it
+    is known."""
     row = {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
     waited = runs["seconds_to_reference"].astype(float)
-    return row | {"seconds_to_reference": waited.mean(), "reached": int(waited.notna().sum())}
+    reached = waited[np.isfinite(waited)]
+    return row | {"seconds_to_reference": reached.mean(), "reached": len(reached), "timed": int(waited.notna().sum())}
 
 
 def mean_of_all(runs: Any, column: str) -> float:

@@ -144,8 +144,8 @@ def costs(frame: pd.DataFrame, form: str) -> str:
         parameters = f"{human(row['active_parameters'])} / {human(row['total_parameters'])}"
         cells = [row["label"], parameters, over[0], human(row["flops_per_token"]), over[1]]
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
-        until = given(row["seconds_to_reference"], ",.0f") or ("never" if row["timed_arm"] else "")
-        until += f" ({row['reached']} of {row['n']})" if 0 < row["reached"] < row["n"] else ""
+        until = given(row["seconds_to_reference"], ",.0f") or ("never" if row["timed"] else "")
+        until += f" ({row['reached']} of {row['timed']})" if 0 < row["reached"] < row["timed"] else ""
         rows.append([*cells, given(row["train_seconds"], ",.0f"), until])
     return of_columns(rows, headers, form)
 

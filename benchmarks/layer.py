@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.ffns import Problem, Way, error_of, gradients, liger_experts, reference, transformers_experts
 from benchmarks.timing import (
+    GRAPH,
     Row,
     command,
     device_of,
@@ -30,7 +31,7 @@ SIZES = {"1": (65536, 1024, 4096, 64), "2": (65536, 512, 2048, 128), "3": (8192,
 SIZES["tiny"] = (256, 32, 64, 4)
 CURVES = {"T": [2**n for n in range(10, 19)], "E": [2**n for n in range(9)]}
 TINY_CURVES = {"T": [64, 256], "E": [1, 4]}
-DENSE, OURS, GRAPH = "dense", "ours, plan ahead", ", CUDA graph"
+DENSE, OURS = "dense", "ours, plan ahead"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from training.targets import one_line
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "numpy", "scipy")
 AXES = {"T": "tokens", "E": "experts", "x dense": "time over dense", "layers": "sparse layers"}
 AXES |= {"length": "sequence length in tokens, at equal tokens a step", "over the first": "tokens/s over the first arm"}
+GRAPH = ", CUDA graph"  # ends the name of a candidate that is replayed as one
 Row = dict[str, Any]
 
 
@@ -184,14 +185,24 @@ def installed(library: str) -> str | None:
         return None
 
 
+def plain(name: str) -> str:
+    """Of a candidate, not as a CUDA graph."""
+    return name.removesuffix(GRAPH)
+
+
 def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
-    """Lines of y over x, one for each label; x is logarithmic, y where it spans a decade. level: a dotted line."""
+    """Lines of y over x, one for each label, dashed in the same colour as a CUDA graph; x is logarithmic, y where it
+    spans a decade. level: a dotted line, in the place of what lies on it everywhere."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    axes, values = figure.subplots(), [row[y] for row in rows if y in row]
-    for place, name in enumerate(dict.fromkeys(row[label] for row in rows if y in row)):
-        points = sorted((row[x], row[y]) for row in rows if row[label] == name and y in row)
-        style = "--" if place >= 10 else "-"  # there are ten colours
-        axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, linestyle=style, label=name)
+    axes, values, lines = figure.subplots(), [row[y] for row in rows if y in row], {}
+    for row in rows:
+        if y in row:
+            lines.setdefault(row[label], []).append((row[x], row[y]))
+    shown = {name: sorted(points) for name, points in lines.items() if {at for _, at in points} != {level}}
+    colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(map(plain, shown)))}
+    for name, points in shown.items():
+        look = {"color": colours[plain(name)], "linestyle": "-" if name == plain(name) else "--", "label": name}
+        axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, **look)
     if level is not None:
         axes.axhline(level, color="0.35", linewidth=0.7, linestyle=":")
     axes.set_xscale("log", base=2)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import shutil
 import tarfile
 from pathlib import Path
@@ -276,8 +277,31 @@ def test_wall_clock_to_the_dense_baselines_loss_is_between_the_validations(train
         validations = [line for line in lines if "val/ce" in line]
         if row["arm"] == "dense":  # though the table's reference is another arm
             assert row["seconds_to_reference"] == pytest.approx(validations[-1]["seconds"])
-        elif row["seconds_to_reference"] > 0:
+        elif np.isfinite(row["seconds_to_reference"]):
             assert validations[0]["seconds"] <= row["seconds_to_reference"] <= validations[-1]["seconds"]
+
+
+def test_a_run_that_never_came_to_the_baselines_loss_is_told_from_one_whose_validations_are_lost(runs, tmp_path):
+    def rewritten(folder, change) -> None:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        lines = [json.dumps(changed) for line in lines if (changed := change(line))]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    for folder in runs.glob("hash_balanced_16-*"):
+        rewritten(folder, lambda line: line | {"val/ce": 99.0} if "val/ce" in line else line)
+    for folder in runs.glob("switch_16-*"):
+        rewritten(folder, lambda line: None if "val/ce" in line else line)
+    (lost,) = runs.glob("switch_32-s0-*")
+    (lost / "evaluation.safetensors").unlink()
+    printed = report("modules", runs, tmp_path / "results")
+    rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv")
+    waited = rows.groupby("arm")["seconds_to_reference"]
+    assert (waited.min()["hash_balanced_16"], waited.count()["switch_16"]) == (math.inf, 0)
+    costs = [line.split() for line in printed.splitlines() if " / " in line]
+    assert [line[-1] for line in costs if line[:3] == ["Hash,", "balanced,", "16"]] == ["never"]
+    assert all(line[-1] != "never" for line in costs if line[:2] == ["Switch,", "16"])
+    assert "not kept of 2 of 10 counted runs: validations during training" in printed
+    assert "not kept of 1 of 10 counted runs: losses of single test documents" in printed
 
 
 @pytest.mark.parametrize(
