@@ -20,7 +20,6 @@ from routers.compiled import compiled_on_gpu
 STEPS = 16  # temperatures from 1 to COLDEST, of the scores' deviation
 COLDEST = 3e-4
 SETTLING = 2  # further steps at the last temperature
-COARSE, COARSE_STEPS = 4096, 5  # the first steps see about so many of a group's rows
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
 PARTS = 64  # in which P'P is summed
 STRIDE = 2.5  # temperatures that a price may move in a step
@@ -33,11 +32,8 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """
     prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), COLDEST ** (1 / (STEPS - 1))
     temperature = cooling ** torch.arange(STEPS, dtype=rows.dtype, device=rows.device)  # not one graph for each
-    every = max(1, rows.shape[1] // COARSE)
-    few, few_real = rows[:, ::every].contiguous(), real[:, ::every].contiguous()
     for step in range(STEPS - 1):
-        seen = (few, few_real) if step < COARSE_STEPS else (rows, real)
-        prices = newton_step(*seen, prices, temperature[step], cooling)
+        prices = newton_step(rows, real, prices, temperature[step], cooling)
     for _ in range(SETTLING):
         prices = newton_step(rows, real, prices, temperature[-1], 1.0)
     choice = soft_choice(rows, real, prices)

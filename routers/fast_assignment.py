@@ -31,11 +31,12 @@ def fast_assignment(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     ordered = rows.gather(1, order[..., None].expand_as(rows))
     ordered_real = real.gather(1, order)
     prices, factor = even_prices(ordered, ordered_real)
-    target = shares(ordered_real.sum(1, keepdim=True), prices)
+    whole_prices = centres + scale * prices
+    target = shares(ordered_real.sum(1, keepdim=True), whole_prices)
     expert = round_evenly(ordered, ordered_real, prices, factor, target)
     expert = torch.empty_like(expert).scatter(1, order, expert)
     expert = torch.where(real, expert, 0)
-    return expert, certified_gap(scores, real, expert, centres + scale * prices)
+    return expert, certified_gap(scores, real, expert, whole_prices)
 
 
 def replayed_assignment(scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

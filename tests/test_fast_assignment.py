@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from routers.even_prices import even_prices, newton_step
 from routers.even_rounding import loads, moved_along_a_tree, rank_within, rest_placed, spanning_tree, tree_flow
 from routers.fast_assignment import alike_together, certified_gap, fast_assignment, standardised
 from tests.conftest import WIDTH, compose_config, make_site, shaken, some_batch
+from training.job import FINISHED, run
 
 
 def hidden_of(batch) -> torch.Tensor:
@@ -42,6 +45,38 @@ def test_so_they_are_at_all_sizes(kind, shape):
     load = torch.bincount(expert[0], minlength=shape[1])
     assert load.max() - load.min() <= (shape[0] % shape[1] > 0)
     assert float(gap) <= 1e-3
+
+
+def test_places_left_over_go_to_the_experts_that_are_dearest_in_the_scores_themselves():
+    scores = drawn("identical", 1000, 32)  # 31 each, and one more for the eight best
+    expert, gap = fast_assignment(scores, all_real(scores))
+    most = torch.bincount(expert[0], minlength=32).topk(8)
+    assert set(most.indices.tolist()) == set(scores[0, 0].topk(8).indices.tolist())
+    assert float(gap) <= 1e-6
+
+
+def test_prices_come_from_all_rows_also_where_a_part_of_them_misleads():
+    """Scores of repeated words, their spectrum falling, of centroids that lean to its first directions."""
+    draws, words, width = torch.Generator().manual_seed(530462), 8192, 128
+    spectrum = torch.arange(1, width + 1) ** -0.5
+    word = torch.multinomial(1 / torch.arange(1.0, words + 1), 32768, replacement=True, generator=draws)
+    hidden = (torch.randn(words, width, generator=draws) * spectrum)[word]
+    hidden = hidden + 0.030890635893334815 * torch.randn(32768, width, generator=draws) * spectrum
+    hidden = hidden / hidden.norm(dim=1, keepdim=True) * width**0.5
+    centroids = torch.linalg.qr(torch.randn(width, width, generator=draws))[0].T
+    centroids = centroids + 3 * torch.randn(width, width, generator=draws) * spectrum / width**0.5
+    scores = (hidden @ centroids.T)[None]
+    assert float(fast_assignment(scores, all_real(scores))[1]) <= 1e-3
+
+
+@pytest.mark.long
+def test_gaps_stay_small_while_a_model_trains(tmp_path):
+    words = ["router=base", "num_experts=128", "train.batch_size=256", "train.routing_group=256", "train.steps=40"]
+    words += ["train.warmup_steps=5", "record.log_every=1", f"runs={tmp_path}", "wandb.mode=disabled"]
+    assert run(compose_config(*words)) == FINISHED
+    lines = [json.loads(line) for line in next(tmp_path.glob("base-*/metrics.jsonl")).read_text().splitlines()]
+    gaps = [line["route/1/assignment_gap"] for line in lines if "route/1/assignment_gap" in line]
+    assert len(gaps) == 40 and max(gaps) <= 1e-3
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4), (7, 3), (100, 7), (300, 1), (130, 64), (511, 16)])
