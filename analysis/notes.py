@@ -99,7 +99,9 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     if (share := float(np.min(frame["test_priced_share"].to_numpy()))) < 0.99:
         lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
     if {"curve_tokens", "val/tokens"} <= set(runs):
-        read, whole = (float(runs[key].astype(float).max()) for key in ("curve_tokens", "val/tokens"))
+        read, whole = (
+            float(np.max(runs[key].dropna().to_numpy(float), initial=0)) for key in ("curve_tokens", "val/tokens")
+        )
         if read < whole:
             lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     return lines
