@@ -1,3 +1,4 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as run.py does: threads that spin make a busy machine slower
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as run.py does
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -56,7 +56,6 @@ class Queue:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # at import; CUDA's own would spoil it for forks
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine 5 times slower
         for each in (signal.SIGINT, signal.SIGTERM):  # the server inherits that: only this process stops jobs, also if
             signal.signal(each, signal.SIG_IGN)  # Ctrl-C or a cluster signals the whole group
         forkserver.set_forkserver_preload([*self.preload, self.target.__module__])
