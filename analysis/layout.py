@@ -57,7 +57,7 @@ def span(rows: pd.DataFrame, *further: float) -> tuple[float, float]:
     alone that are more than three times as wide as the median of the others'; all, if such are a third or more."""
     wide: Any = rows["difference_high"] - rows["difference_low"]
     alone = rows["alone"].astype(bool)
-    cut = alone & (wide > 3 * wide[~alone].median())  # none, if all are tested alone
+    cut = alone & (wide > 3 * wide[~alone & wide.notna()].median())  # none, if all are tested alone
     cut &= 3 * cut.sum() < len(rows)
     ends = pd.concat([rows["difference_mean"], rows.loc[~cut, "difference_low"], rows.loc[~cut, "difference_high"]])
     values = [0.0, *further, *ends.dropna()]

@@ -88,7 +88,8 @@ def read_study(
     runs = pd.concat([runs, pd.DataFrame(logged, index=runs.index)], axis="columns")
     counted = runs.loc[runs["outcome"] == "finished"]
     identity = counted.loc[:, ["id", "arm", "seed"]].itertuples(index=False)
-    curves = pd.concat([found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity])
+    every = [found[run].metrics.curve().assign(arm=arm, seed=seed) for run, arm, seed in identity]
+    curves = pd.concat([curve for curve in every if len(curve)] or every[:1])
     config = found[counted["id"].iloc[0]].config()
     return Study(name, record.scale, record.command, runs, counted, curves, config, record.listed, found)
 
