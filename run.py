@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# Threads that spin for long make a busy machine 5 times slower; those that never do, a quiet one by a third (LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing pages; main() makes one line of it
 sys.path[:0] = [str(ROOT)]  # from any folder
 sys.path.append(str(ROOT / "sweeps"))  # Hydra finds plugins in sweeps/hydra_plugins
+
+from training.threads import wait_briefly  # noqa: E402
+
+wait_briefly()
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402

@@ -1,6 +1,7 @@
 """Nothing that is read can run code: no name that unpickles or evaluates stands anywhere in the project's Python."""
 
 import ast
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -51,3 +52,11 @@ def test_no_file_unpickles_or_evaluates():
 )
 def test_each_of_them_would_be_found(line):
     assert forbidden(line)
+
+
+def test_packages_begin_empty_and_files_are_called_after_what_they_hold():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [ROOT / name for name in tracked.stdout.split()]
+    assert len(files) > 100
+    assert not [path for path in files if path.name == "__init__.py" and path.stat().st_size]
+    assert not [path for path in files if path.name == "utils.py"]

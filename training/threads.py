@@ -1,0 +1,13 @@
+"""How long OpenMP's threads wait for work before they sleep; it counts where it is set before torch is imported."""
+
+import os
+
+# Threads that spin for long make a busy machine 5 times slower; those that never do, a quiet one by a third (LOG.md).
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"}
+
+
+def wait_briefly() -> bool:
+    """Sets in the environment what is not set there; whether anything was."""
+    missing = {name: value for name, value in WAITING.items() if name not in os.environ}
+    os.environ.update(missing)
+    return bool(missing)
