@@ -45,13 +45,8 @@ def kept(folder: Path) -> Iterator[tuple[str, bytes]]:
     if (folder / "evaluation.safetensors").exists():
         with safe_open(folder / "evaluation.safetensors", "np") as file:
             small = [key for key in file.keys() if not key.partition("/")[2].startswith(LARGE)]  # noqa: SIM118
-            yield (
-                "evaluation.safetensors",
-                save(
-                    {key: file.get_tensor(key) for key in small},
-                    (file.metadata() or {}) | {"packed": "without " + ", ".join(LARGE)},
-                ),
-            )
+            about = (file.metadata() or {}) | {"packed": "without " + ", ".join(LARGE)}
+            yield "evaluation.safetensors", save({key: file.get_tensor(key) for key in small}, about)
 
 
 def thinned(text: str) -> str:
