@@ -6,7 +6,7 @@ A arms, N runs, k = A - 1 comparisons
 """
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from analysis.statistics import Estimate, mean_of, paired_difference
 
 ALONE = 3.0  # an arm with so many times the variance of the others, by more than chance, is tested alone
 CHANCE = 0.05  # at n = 3 every other table of equal variances has an arm of three times the others'
+DOUBT = 1e-3  # an arm whose variance is another one beyond this, all arms together, is set apart
 
 
 class AdditiveModel(NamedTuple):
@@ -28,25 +29,28 @@ class AdditiveModel(NamedTuple):
     arm: np.ndarray  # (N,) index into arms
     seed: np.ndarray  # (N,)
     losses: np.ndarray  # (..., N)
-    inverse: np.ndarray  # (A + seeds, N), takes losses to effects
+    design: np.ndarray  # (N, effects) of 0 and 1: the arms', the seeds', then one for each run of arms set apart
+    inverse: np.ndarray  # (effects, N), takes losses to effects
     residuals: np.ndarray  # (..., N)
     dof: int
+    apart: frozenset[Hashable] = frozenset()  # arms that take no part in the seeds' effects nor in the variance
 
     @property
     def variance(self) -> np.ndarray:
-        """(...), pooled over all arms; NaN without degrees of freedom."""
+        """(...), pooled over all arms but those apart; NaN without degrees of freedom."""
         return (self.residuals**2).sum(-1) / self.dof if self.dof else np.full(self.losses.shape[:-1], np.nan)
 
     @property
     def degrees(self) -> int:
         """Degrees of freedom that one more seed of all arms would add: arms less parts that no seed links."""
-        return len(self.arm) - len(set(self.seed)) - self.dof
+        inside = [run for run, arm in enumerate(self.arm) if self.arms[arm] not in self.apart]
+        return len(inside) - len(set(self.seed[inside])) - self.dof
 
     def on_losses(self, weights: dict[Hashable, float]) -> np.ndarray:
         """(N,): a contrast of arm effects as weights of the losses; NaN if the runs that are there cannot tell it."""
         contrast = np.zeros(len(self.inverse))
         contrast[[self.arms.index(arm) for arm in weights]] = list(weights.values())
-        told = np.allclose(contrast @ self.inverse @ design(self.arm, self.seed), contrast)
+        told = np.allclose(contrast @ self.inverse @ self.design, contrast)
         return contrast @ self.inverse if told else np.full(len(self.arm), np.nan)
 
     def contrast(self, weights: dict[Hashable, float]) -> Estimate:
@@ -62,13 +66,9 @@ class AdditiveModel(NamedTuple):
         return Estimate(n, (self.losses @ on_losses)[()], error[()], self.dof)
 
 
-def design(arm: np.ndarray, seed: np.ndarray) -> np.ndarray:
-    """(N, arms + seeds) of 0 and 1."""
-    return np.hstack([arm[:, None] == np.unique(arm), seed[:, None] == np.unique(seed)]).astype(float)
-
-
-def fit(arm: ArrayLike, seed: ArrayLike, losses: ArrayLike) -> AdditiveModel:
-    """arm, seed: N each; losses (..., N). ValueError if an arm has a seed twice or a loss is not finite."""
+def fit(arm: ArrayLike, seed: ArrayLike, losses: ArrayLike, apart: Iterable[Hashable] = ()) -> AdditiveModel:
+    """arm, seed: N each; losses (..., N); apart: arms each of whose runs has an effect of its own, which no contrast
+    can tell. ValueError if an arm has a seed twice or a loss is not finite."""
     labels, seeds = np.asarray(arm).tolist(), np.asarray(seed)
     if twice := [cell for cell, n in Counter(zip(labels, seeds.tolist())).items() if n > 1]:
         raise ValueError(f"seed {twice[0][1]} occurs twice in one arm ({twice[0][0]}); arm=NAME names a variant")
@@ -77,26 +77,55 @@ def fit(arm: ArrayLike, seed: ArrayLike, losses: ArrayLike) -> AdditiveModel:
         raise ValueError(f"a table needs finite losses, not {losses[~np.isfinite(losses)][0]}")
     arms = list(dict.fromkeys(labels))
     places = np.array([arms.index(each) for each in labels], int)
-    x = design(places, seeds)
+    own = np.eye(len(labels))[:, np.isin(places, [arms.index(each) for each in apart])]
+    x = np.hstack([places[:, None] == np.unique(places), seeds[:, None] == np.unique(seeds), own]).astype(float)
     inverse = np.linalg.pinv(x)
     residuals = losses - losses @ (x @ inverse).T
-    return AdditiveModel(arms, places, seeds, losses, inverse, residuals, len(labels) - int(np.linalg.matrix_rank(x)))
+    dof = len(labels) - int(np.linalg.matrix_rank(x))
+    return AdditiveModel(arms, places, seeds, losses, x, inverse, residuals, dof, frozenset(apart))
+
+
+def settled(model: AdditiveModel) -> AdditiveModel:
+    """The fit with each arm apart whose variance is not the others' beyond DOUBT, the noisiest first: left in, one arm
+    that collapsed would hide the differences of all others. Of tables of equal variances one in 1 / DOUBT has any.
+
+    Of tables of five arms without effects, one of which has four times the others' deviation, 8 % and 5 % separate
+    falsely at n = 3 and 5, by simulation; with its noise in the pooled variance 7 % and 3 % (compare).
+    """
+    ratios, p = variance_tests(model)
+    inside = np.array([arm not in model.apart and ratio > 1 for arm, ratio in zip(model.arms, ratios)])
+    p = np.where(inside, p, np.nan)
+    if not (p * len(model.arms) < DOUBT).any():
+        return model
+    labels = [model.arms[arm] for arm in model.arm]
+    return settled(fit(labels, model.seed, model.losses, {*model.apart, model.arms[np.nanargmin(p)]}))
+
+
+def beside(model: AdditiveModel, arm: Hashable) -> AdditiveModel:
+    """The fit of the arms that are not apart and of this one."""
+    if not model.apart:
+        return model
+    labels = np.array([model.arms[place] for place in model.arm], object)
+    runs = [label == arm or label not in model.apart for label in labels]
+    return fit(labels[runs], model.seed[runs], model.losses[..., runs])
 
 
 def variance_tests(model: AdditiveModel) -> tuple[np.ndarray, np.ndarray]:
-    """(..., A) each: an arm's own variance over the pooled one of the other arms, and the p of that F; else NaN.
+    """(..., A) each: an arm's own variance over the pooled one of the other arms (without those apart), and the p of
+    that F; else NaN.
 
     The arm's own: what the residual sum of squares loses when the arm is left out, over the degrees that it loses. With
     the arm itself in the denominator no arm of a table of three could reach three times it, however noisy.
     """
     ratios = np.full((*model.losses.shape[:-1], len(model.arms)), np.nan)
     p = ratios.copy()
-    for arm in range(len(model.arms)):
-        others = model.arm != arm
-        without = fit(model.arm[others], model.seed[others], model.losses[..., others])
-        own = model.dof - without.dof
+    for arm, label in enumerate(model.arms):
+        within = beside(model, label)
+        others = within.arm != within.arms.index(label)
+        without = fit(within.arm[others], within.seed[others], within.losses[..., others])
+        own = within.dof - without.dof
         if without.dof and own:
-            lost = (model.residuals**2).sum(-1) - (without.residuals**2).sum(-1)
+            lost = (within.residuals**2).sum(-1) - (without.residuals**2).sum(-1)
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios[..., arm] = lost / own / without.variance
             p[..., arm] = fdtrc(own, without.dof, ratios[..., arm])
@@ -104,11 +133,15 @@ def variance_tests(model: AdditiveModel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def residual_deviations(model: AdditiveModel) -> dict[Hashable, float]:
-    """By arm: root of its residual sum of squares over the degrees of freedom that its runs have in the fit."""
-    leverage = np.einsum("np,pn->n", design(model.arm, model.seed), model.inverse)
-    squares = np.bincount(model.arm, model.residuals**2)
-    degrees = np.bincount(model.arm, 1 - leverage)
-    return {arm: (s / d) ** 0.5 if d > 1e-9 else np.nan for arm, s, d in zip(model.arms, squares, degrees)}
+    """By arm: root of its residual sum of squares over the degrees of freedom that its runs have in the fit beside the
+    arms that are not apart."""
+    found = {}
+    for arm in model.arms:
+        own = beside(model, arm)
+        runs = own.arm == own.arms.index(arm)
+        degrees = (1 - np.einsum("np,pn->n", own.design, own.inverse)[runs]).sum()
+        found[arm] = float((own.residuals[runs] ** 2).sum() / degrees) ** 0.5 if degrees > 1e-9 else np.nan
+    return found
 
 
 class Comparison(NamedTuple):
@@ -145,30 +178,33 @@ def compare(
     """Each arm against its reference (arm -> reference, as against_one makes it): Dunnett's test on the fit, by the
     correlations that the design gives these k differences.
 
-    An arm with ALONE times the variance of the others (F-test at CHANCE), or one whose reference is so, is
-    tested by the paired t-test with Bonferroni's correction instead. Its noise stays in the pooled variance: leaving
-    out whatever looks large would make the rest too small. Of tables of five arms without effects, by simulation, some
-    separate falsely: 5 % with equal variances; at n = 3 and 5, 7 % and 3 % if one arm has four times the others'
-    deviation, 10 % and 5 % if the reference has, 9 % and 7 % if it has twice.
+    An arm with ALONE times the variance of the others (F-test at CHANCE), or one whose reference is so, is tested by
+    the paired t-test with Bonferroni's correction instead. Its noise stays in the pooled variance, unless it is apart
+    (settled): leaving out whatever looks large would make the rest too small. Of tables of five arms without effects,
+    by simulation, some separate falsely: 5 % with equal variances; at n = 3 and 5, 7 % and 3 % if one arm has four
+    times the others' deviation, 10 % and 5 % if the reference has, 9 % and 7 % if it has twice.
     """
     present = {arm: ref for arm, ref in references.items() if {arm, ref} <= set(model.arms)}
     weights = {arm: model.on_losses({arm: 1.0, ref: -1.0}) for arm, ref in present.items()}
     told = [arm for arm in weights if np.isfinite(weights[arm]).all()]
+    apart = [arm for arm, ref in present.items() if {arm, ref} & model.apart and paired(model, arm, ref).n]
+    every = len(told) + len(apart)
     together = np.array([weights[arm] for arm in told])
-    estimates = [model.contrast({arm: 1.0, present[arm]: -1.0}) for arm in told]
-    reach = critical_value(together @ together.T, model.dof, level) if told else np.nan
-    corrected = p_values(together @ together.T, model.dof, [e.t for e in estimates]) if told else []
-    noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance}
+    pooled = {arm: model.contrast({arm: 1.0, present[arm]: -1.0}) for arm in told}
+    reach = critical_value(together @ together.T, model.dof, 1 - (1 - level) * len(told) / every) if told else np.nan
+    corrected = p_values(together @ together.T, model.dof, [each.t for each in pooled.values()]) if told else []
+    noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance} | model.apart
     found = {}
-    for arm, estimate, p in zip(told, estimates, corrected):
-        alone = not noisy.isdisjoint({arm, present[arm]})
-        low, high = estimate.value - reach * estimate.error, estimate.value + reach * estimate.error
-        if alone:
+    for arm, p in [*zip(told, corrected), *((arm, np.nan) for arm in apart)]:
+        if noisy.isdisjoint({arm, present[arm]}):
+            estimate, p = pooled[arm], p * every / len(told)
+            low, high = estimate.value - reach * estimate.error, estimate.value + reach * estimate.error
+            found[arm] = Comparison(estimate, low, high, float(np.minimum(1.0, p)), alone=False)
+        else:
             estimate = paired(model, arm, present[arm])
-            low, high = estimate.interval(1 - (1 - level) / len(told))
-            p = min(1.0, estimate.p * len(told))
-        found[arm] = Comparison(estimate, low, high, p, alone)
-    return found
+            low, high = estimate.interval(1 - (1 - level) / every)
+            found[arm] = Comparison(estimate, low, high, float(np.minimum(1.0, estimate.p * every)), alone=True)
+    return {arm: found[arm] for arm in present if arm in found}
 
 
 def against_one(model: AdditiveModel, reference: Hashable) -> dict[Hashable, Hashable]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from analysis.arms import Arm
-from analysis.layout import arrows, broken, legend_above, span
+from analysis.layout import arrows, broken, far_off, legend_above, number_at_the_end, span
 from analysis.tables import reference_of
 
 
@@ -49,6 +49,7 @@ def against_place(
     lower.set_ylabel(f"test loss minus\n{broken(reference_of(frame), 20)}'s (nats)")
     if high > low:
         lower.set_ylim(*limits)
+    off_the_axes(upper, lower, rows, far_off(rows))
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
     for axes in below:
         public_curves(axes, public, style)
@@ -76,6 +77,18 @@ def losses(axes: Axes, own: pd.DataFrame, look: dict[str, Any], label: str) -> N
     mark = {"marker": look["marker"], "markersize": 3, "elinewidth": 0.9}
     drawn = axes.errorbar(placed["x"], placed["test_ce"], yerr=bars, label=label, **line, **mark)
     drawn[0].set_dashes(look["dashes"])
+
+
+def off_the_axes(upper: Axes, lower: Axes, rows: pd.DataFrame, out: pd.Series) -> None:
+    """Where arms are far off: an upper axis that shows the others, and the numbers of these at the ends of both."""
+    if not out.any():
+        return
+    mean, deviation = rows.loc[~out, "test_ce"], rows.loc[~out, "test_ce_deviation"].fillna(0)
+    low, high = (mean - deviation).min(), (mean + deviation).max()
+    upper.set_ylim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+    for row in rows.loc[out & rows["x"].notna()].to_dict("records"):
+        number_at_the_end(upper, row["x"], f"{row['test_ce']:.2f}", row["difference_mean"] > 0)
+        number_at_the_end(lower, row["x"], f"{row['difference_mean']:+.2f}", row["difference_mean"] > 0)
 
 
 def compared(

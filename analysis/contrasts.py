@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import studentized_range
 
 from analysis import claims
-from analysis.additive_model import CHANCE, AdditiveModel, by_seed, nested, noisy_arms
+from analysis.additive_model import CHANCE, AdditiveModel, by_seed, nested, noisy_arms, settled
 from analysis.arms import declared, described, load
 from analysis.claims import CE, TIMES, Part, line
 from analysis.statistics import Estimate, mean_of
@@ -111,6 +111,7 @@ def _fitted(part: Part, whole: pd.DataFrame, named: list[str]) -> tuple[Additive
     model = model_of(whole, arms, asked | {"groups": asked.get("groups") and not linked}, FIGURE)
     if linked and nested(model, model_of(whole, arms, asked, FIGURE)) < CHANCE:
         model = model_of(own, arms, asked | {"groups": False}, FIGURE)
+    model = settled(model)
     noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance} & set(named)
     return (model_of(own, arms, asked, FIGURE), set()) if noisy and "range" in part else (model, noisy)
 
@@ -143,7 +144,8 @@ def _scatter(part: Part, model: AdditiveModel, noisy: set[Hashable], named: list
     if noisy:
         return f"by its own runs alone, for {', '.join(sorted(map(str, noisy)))} scatters unlike the other arms"
     own = set(model.arms) == set(named)
-    return f"by the residual of {'its own' if own else 'all'} {len(model.arms)} arms on {model.dof} degrees of freedom"
+    arms = f"{'its own' if own else 'all'} {len(model.arms)} arms" + (f" but {len(model.apart)}" if model.apart else "")
+    return f"by the residual of {arms} on {model.dof} degrees of freedom"
 
 
 def _finished(runs: pd.DataFrame) -> pd.DataFrame:

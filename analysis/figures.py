@@ -127,9 +127,10 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
     for place, row in rows.iterrows():
         mean, look = row["difference_mean"], arms[row["arm"]].look
-        if mean < low:
-            clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the line at 0
-            axes.text(low, place, f"← {mean:+.2f}", va="center", fontsize=6.5, bbox=clear)
+        if not low <= mean <= high:
+            told: dict[str, Any] = {"va": "center", "fontsize": 6.5, "ha": "left" if mean < low else "right"}
+            told["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # clear of the line at 0
+            axes.text(low if mean < low else high, place, f"← {mean:+.2f}" if mean < low else f"{mean:+.2f} →", **told)
             continue
         if row["arm"] in papers:
             axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)

@@ -53,15 +53,32 @@ def broken(text: str, width: int = 24) -> str:
 
 
 def span(rows: pd.DataFrame, *further: float) -> tuple[float, float]:
-    """What an axis of differences has to show: 0, `further`, all means, and all intervals but those of arms tested
-    alone that are more than three times as wide as the median of the others'; all, if such are a third or more."""
+    """What an axis of differences has to show: 0, `further`, all means but those far off, and all intervals but those
+    of arms tested alone that are more than three times as wide as the median of the others'; all, if such are a third
+    or more."""
     wide: Any = rows["difference_high"] - rows["difference_low"]
-    alone = rows["alone"].astype(bool)
+    alone, out = rows["alone"].astype(bool), far_off(rows)
     cut = alone & (wide > 3 * wide[~alone & wide.notna()].median())  # none, if all are tested alone
     cut &= 3 * cut.sum() < len(rows)
-    ends = pd.concat([rows["difference_mean"], rows.loc[~cut, "difference_low"], rows.loc[~cut, "difference_high"]])
-    values = [0.0, *further, *ends.dropna()]
+    ends = [rows.loc[~out, "difference_mean"]]
+    ends += [rows.loc[~cut & ~out, end] for end in ("difference_low", "difference_high")]
+    values = [0.0, *further, *pd.concat(ends).dropna()]
     return min(values), max(values)
+
+
+def far_off(rows: pd.DataFrame) -> Any:
+    """Of each row whether it is an arm tested alone, further from all others and 0 than these are from each other: what
+    collapsed would press all else flat, so that its number stands at the axis' end instead."""
+    alone, mean = rows["alone"].astype(bool), rows["difference_mean"]
+    low, high = min(0.0, mean[~alone].min()), max(0.0, mean[~alone].max())
+    return alone & ((mean < 2 * low - high) | (mean > 2 * high - low))
+
+
+def number_at_the_end(axes: Axes, x: float, text: str, above: bool) -> None:
+    """The number of a point that lies beyond the y axis, with an arrow."""
+    place: dict[str, Any] = {"xy": (x, 1.0 if above else 0.0), "xycoords": axes.get_xaxis_transform()}
+    place |= {"xytext": (-3, -1 if above else 1), "textcoords": "offset points"}
+    axes.annotate(f"{text} {'↑' if above else '↓'}", **place, ha="right", va="top" if above else "bottom", fontsize=6.5)
 
 
 def arrows(

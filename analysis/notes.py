@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.additive_model import ALONE as VARIANCES
+from analysis.additive_model import DOUBT, settled
 from analysis.arms import described
 from analysis.behind import SETTING
 from analysis.published import ABSENT
@@ -150,12 +151,14 @@ def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: d
     """What the table of statistics is, the pooled residual, and what its rows cannot say."""
     counted = runs.loc[runs["outcome"] == "finished"]
     arms = described(runs["arm"], style)
-    model = model_of(counted, arms, asked)
+    model = settled(model_of(counted, arms, asked))
     lines = []
     if model.dof and frame["difference_low"].notna().to_numpy().any():
         pooled = float(model.variance) ** 0.5
         lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {model.dof} degrees of freedom;")
         lines.append("  by arm beside it, with each arm's variance over that of the others")
+        for arm in sorted(model.apart, key=model.arms.index):
+            lines.append(f"  {arms[str(arm)].label}, whose variance is another (p < {DOUBT:g}), has no part in it")
         lines.append(
             f"p of equivalence: two one-sided tests at {asked['margin']} nats, fixed beforehand; over documents: the"
         )

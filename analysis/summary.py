@@ -5,7 +5,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.additive_model import AdditiveModel, Comparison, compare, fit, noisy_arms, paired, residual_deviations
+from analysis.additive_model import (
+    AdditiveModel,
+    Comparison,
+    compare,
+    fit,
+    noisy_arms,
+    paired,
+    residual_deviations,
+    settled,
+)
 from analysis.arms import described, references, timed_against
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
@@ -38,7 +47,7 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
     counted = runs.loc[runs["outcome"] == "finished"]
     arms = described(runs["arm"], style)
     pairs, timed = references(arms, asked), timed_against(arms, asked)
-    model = model_of(counted, arms, asked)
+    model = settled(model_of(counted, arms, asked))
     compared, scatter, noisy = compare(model, {**pairs}), residual_deviations(model), noisy_arms(model)
     shared = len({pairs[str(arm)] for arm in compared}) == 1
     design = {"comparisons": len(compared), "degrees": model.degrees, "rho": 0.5 if shared else 0.0}

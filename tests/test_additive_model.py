@@ -15,6 +15,7 @@ from analysis.additive_model import (
     nested,
     paired,
     residual_deviations,
+    settled,
     variance_tests,
 )
 from analysis.dunnett import covers, critical_value, p_values, power, seeds_to_separate
@@ -183,6 +184,63 @@ def test_a_noisy_reference_makes_every_comparison_one_by_one():
             (single.value - reach * single.error, single.value + reach * single.error)
         )
         assert each.p == pytest.approx(min(1, 4 * single.p))
+
+
+def test_an_arm_that_collapsed_hides_no_difference_of_the_others():
+    """As Switch does at a coefficient of 1: one arm of seven scatters some 50 times as much."""
+    arm, seed, losses = some_tables(7, 3, noise=[1, 1, 1, 1, 1, 1, 50.0], tables=300)
+    falsely, apart = 0, 0
+    for table in losses:
+        model = settled(fit(arm, seed, table))
+        alone = fit(arm[arm < 6], seed[arm < 6], table[arm < 6])
+        apart += model.apart == {6}
+        if model.apart == {6}:
+            assert model.dof == alone.dof == 10 and model.degrees == alone.degrees
+            assert model.variance == pytest.approx(alone.variance)
+            inside, whole = model.contrast({3: 1.0, 0: -1.0}), fit(arm, seed, table).contrast({3: 1.0, 0: -1.0})
+            assert inside == pytest.approx(alone.contrast({3: 1.0, 0: -1.0})) and inside.error < whole.error
+            assert variance_tests(model)[0] == pytest.approx(
+                [*variance_tests(alone)[0], variance_tests(fit(arm, seed, table))[0][6]]
+            )
+            by_arm = residual_deviations(alone) | {6: residual_deviations(fit(arm, seed, table))[6]}
+            assert residual_deviations(model) == pytest.approx(by_arm)
+        found = against(model, 0)
+        assert list(found) == [1, 2, 3, 4, 5, 6] and found[6].alone
+        falsely += any(each.separated for each in found.values())
+    assert apart > 290
+    assert falsely / 300 <= 0.08
+
+
+@pytest.mark.parametrize(("seeds", "falsely"), [(3, 0.08), (5, 0.05)])
+def test_as_many_tables_with_an_arm_apart_separate_as_its_docstring_says(seeds, falsely):
+    arm, seed, losses = some_tables(5, seeds, noise=NOISY, tables=500)
+    separated = [any(e.separated for e in against(settled(fit(arm, seed, table)), 0).values()) for table in losses]
+    assert np.mean(separated) == pytest.approx(falsely, abs=0.03)
+
+
+def test_of_tables_of_equal_variances_hardly_one_has_an_arm_apart():
+    arm, seed, losses = some_tables(5, 3, tables=2000)
+    assert sum(bool(settled(fit(arm, seed, table)).apart) for table in losses) <= 6  # 2 are expected
+
+
+def test_the_noise_of_an_arm_apart_reaches_no_other_and_its_own_comparison_is_by_pairs():
+    arm, seed, losses = some_tables(5, 3, tables=1, noise=[1, 1, 1, 1, 1e3])
+    model = settled(fit(arm, seed, losses[0]))
+    found = against(model, 0)
+    moved = losses[0] + 1e3 * (arm == 4) * np.array([1.0, -2.0, 0.5])[seed]
+    assert [each.estimate.value for each in against(settled(fit(arm, seed, moved)), 0).values()][:3] == pytest.approx(
+        [each.estimate.value for each in found.values()][:3]
+    )
+    single = paired(model, 4, 0)
+    assert (found[4].low, found[4].high) == pytest.approx(single.interval(1 - 0.05 / 4))
+    assert found[4].p == pytest.approx(min(1, 4 * single.p))
+    inside = fit(arm[arm < 4], seed[arm < 4], losses[0][arm < 4])
+    on_losses = np.array([inside.on_losses({other: 1.0, 0: -1.0}) for other in (1, 2, 3)])
+    reach = critical_value(on_losses @ on_losses.T, inside.dof, 1 - 0.05 * 3 / 4)  # three of four comparisons
+    each = inside.contrast({2: 1.0, 0: -1.0})
+    assert (found[2].low, found[2].high) == pytest.approx(
+        (each.value - reach * each.error, each.value + reach * each.error)
+    )
 
 
 def test_arms_may_have_references_of_their_own_and_intervals_hold_together():

@@ -143,6 +143,23 @@ def test_a_reference_that_scatters_has_a_row_and_is_tested_alone_or_said_not_to_
     assert "reference" in row and f"{frame.loc['dense', 'residual_deviation']:.4f}" in row
 
 
+def test_an_arm_that_collapsed_is_a_number_at_the_axis_end_and_presses_no_other_flat(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(axes=figure.axes))
+    losses = {"dense": 5.3, "hash_balanced": 5.2, "switch_coef_0": 5.28, "switch_coef_0.1": 5.26, "switch_coef_1": 6.5}
+    runs, scatter = tmp_path / "runs", [[1, -1, 0], [0, 1, -1], [1, 0, -1], [-1, 0, 1], [300, -200, -100]]
+    cells = [(arm, seed, ce + 1e-3 * own[seed]) for (arm, ce), own in zip(losses.items(), scatter) for seed in range(3)]
+    write_sweep(runs, [write_run(runs, *cell) for cell in cells], "load_balance")
+    printed = report("load_balance", runs, tmp_path / "results")
+    assert "Switch, coef 1, whose variance is another (p < 0.001), has no part in it" in printed
+    frame = table_of(tmp_path, "load_balance")
+    assert list(frame["alone"]) == [False] * 4 + [True] and frame.loc["switch_coef_0", "separated"]
+    for axes, text in zip(drawn["axes"], ("6.50 ↑", "+1.30 ↑")):
+        assert [each.get_text() for each in axes.texts] == [text]
+        low, high = axes.get_ylim()
+        assert high - low < 0.2
+
+
 def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs, results = Path("runs"), Path("results")

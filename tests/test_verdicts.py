@@ -169,7 +169,8 @@ def test_an_arm_that_scatters_unlike_the_others_is_tested_by_its_own_runs_alone(
     assert found.estimate == pytest.approx(expected)
     assert found.scatter == "by its own runs alone, for switch_64 scatters unlike the other arms"
     other = examined(part | {"weights": {"hash_balanced_16": 1, "switch_16": -1}}, runs, 0.008)
-    assert other.estimate.dof == 15  # its noise stays in the pooled variance, as in the table
+    assert other.estimate.dof == 12  # beyond doubt it is not theirs: out of their variance, as in the table
+    assert other.scatter == "by the residual of all 6 arms but 1 on 12 degrees of freedom"
     slope = part | {"weights": {"hash_balanced_{x}": 1, "switch_{x}": -1}, "along": {"log": 2}}
     lead = own[["hash_balanced_16", "hash_balanced_64"]].to_numpy() - own[["switch_16", "switch_64"]].to_numpy()
     expected = paired_difference(pd.Series(lead[:, 1] / 2), pd.Series(lead[:, 0] / 2))
