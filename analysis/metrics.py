@@ -10,7 +10,8 @@ import pandas as pd
 
 CURVE = ["step", "tokens", "seconds", "val/ce", "val/tokens"]  # seconds of training; validation tokens that were read
 VALIDATION = '"val/ce"'
-FIGURES = {key: re.compile(rf'/{key}": ([-+.\de]+)') for key in ("assignment_gap", "dropped", "max_over_mean")}
+EVERYWHERE, LAST = ("assignment_gap", "dropped"), ("max_over_mean", "weight")  # of all logged steps, and of the last
+FIGURES = {key: re.compile(rf'/{key}": ([-+.\de]+)') for key in EVERYWHERE + LAST}
 STEP = re.compile(r'^\{"step": (\d+),.*\}$', re.MULTILINE)
 
 
@@ -40,11 +41,12 @@ class Metrics(NamedTuple):
 
     def routing(self) -> dict[str, float]:
         """Of all layers and lines the largest certified gap and share of dropped assignments, and in the last line that
-        has it the fullest expert over the mean, as route/<figure>. What was not logged is left out."""
+        has them the fullest expert over the mean and the largest layer's weight, as route/<figure>. What was not logged
+        is left out."""
         last = next((line for line in reversed(self.written) if '/max_over_mean": ' in line), "")
         text, found = "\n".join(self.written), {}
         for key, pattern in FIGURES.items():
-            everywhere = key != "max_over_mean" and f'/{key}": ' in last  # a router logs the same figures at each step
+            everywhere = key in EVERYWHERE and f'/{key}": ' in last  # a router logs the same figures at each step
             logged = pattern.findall(text if everywhere else last)
             if logged:
                 found[f"route/{key}"] = max(map(float, logged))

@@ -36,18 +36,17 @@ OF_EXPERTS = (
     "model.sparse_layers",
 )  # settings of no use to an arm without experts
 
-LOGGED = {  # figure of metrics.routing: what it is, its form, and how the runs of an arm make one
+LAST = "in training's last logged step, mean over runs"
+LOGGED = {  # figure of metrics.routing: what it is, its form, how the runs of an arm make one, and what goes unsaid
     "assignment_gap": (
         "certified gap of the assignment, over tokens times the scores' deviation, at most",
         ".1e",
         "max",
+        None,
     ),
-    "dropped": ("assignments dropped for want of capacity, in a logged step at most", ".1%", "max"),
-    "max_over_mean": (
-        "tokens of the fullest expert over the mean, in training's last logged step, mean over runs",
-        ".1f",
-        "mean",
-    ),
+    "dropped": ("assignments dropped for want of capacity, in a logged step at most", ".1%", "max", 0),
+    "max_over_mean": (f"tokens of the fullest expert over the mean, {LAST}", ".1f", "mean", None),
+    "weight": (f"weight of experts' outputs, {LAST} (1 where none is named)", ".2g", "mean", 1),
 }
 
 
@@ -221,14 +220,11 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
 def logged(counted: pd.DataFrame, labels: dict[str, str]) -> list[str]:
     """What the runs' own steps said of assignments and loads: an arm's largest gap and share dropped, its mean load."""
     lines = []
-    for key, (said, form, how) in LOGGED.items():
+    for key, (said, form, how, usual) in LOGGED.items():
         if f"route/{key}" in counted:
             of_arm: Any = counted.groupby("arm", sort=False)[f"route/{key}"].agg(how).dropna()
-            shown = [
-                f"{labels[arm]} {format(value, form) if value else 0}"
-                for arm, value in of_arm.items()
-                if key != "dropped" or value > 0
-            ]
+            of_arm = of_arm[of_arm != usual]
+            shown = [f"{labels[arm]} {format(value, form) if value else 0}" for arm, value in of_arm.items()]
             lines += [f"{said}: {'; '.join(shown)}"] if shown else []
     return lines
 

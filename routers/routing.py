@@ -170,7 +170,8 @@ def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, 
     """The same figures for every router, from the routing alone. real (B, S) bool. Scalars, detached, no host sync.
 
     max_over_mean: fullest expert over the mean load. entropy: of the loads, as a share of log E. dropped: share of
-    real tokens' assignments with weight 0. unused: experts without a token. aux_loss: as added to the loss.
+    real tokens' assignments with weight 0. weight: mean of what experts' outputs are scaled by, where they serve.
+    unused: experts without a token. aux_loss: as added to the loss.
     """
     load = load_of(routing, num_experts).double()
     served = load.sum().clamp(min=1)
@@ -180,6 +181,7 @@ def load_metrics(routing: Routing, real: Tensor, num_experts: int) -> dict[str, 
         "max_over_mean": load.max() * num_experts / served,
         "entropy": entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy),
         "dropped": 1 - load.sum() / assigned,
+        "weight": routing.weight.detach().double().sum() / served,
         "unused": (load == 0).sum(),
         "aux_loss": routing.aux_loss.detach(),
     }

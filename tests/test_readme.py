@@ -35,7 +35,7 @@ def test_the_router_that_readme_adds_trains(tiny, tmp_path, monkeypatch):
 def test_every_router_and_every_metric_is_in_readme():
     for path in (ROOT / "conf" / "router").glob("*.yaml"):
         assert f"`{path.stem}`" in README, path.stem
-    for metric in ("max_over_mean", "entropy", "dropped", "unused", "aux_loss", "assignment_gap"):
+    for metric in ("max_over_mean", "entropy", "dropped", "weight", "unused", "aux_loss", "assignment_gap"):
         assert f"`route/<layer>/{metric}`" in README
 
 

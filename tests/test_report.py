@@ -312,6 +312,7 @@ def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
             gap = {20: 3e-4, 40: math.nan}.get(line["step"], 1e-5)
             line |= {"route/1/assignment_gap": gap / (1 + seed), "route/1/dropped": 0.25 * (line["step"] == 60)}
             line |= {"route/3/dropped": 0.0, "route/3/max_over_mean": 2.5 + seed if line["step"] == 200 else 9.0}
+            line |= {"route/3/weight": 0.125 + 0.25 * seed if line["step"] == 200 else 0.9}
         path.write_text("".join(json.dumps(line) + "\n" for line in steps))
     for folder in folders[:2]:
         path = folder / "metrics.jsonl"
@@ -321,6 +322,8 @@ def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
     assert "over tokens times the scores' deviation, at most: BASE 3.0e-04\n" in printed
     assert "dropped for want of capacity, in a logged step at most: BASE 25.0%\n" in printed
     assert "of the fullest expert over the mean, in training's last logged step, mean over runs: BASE 3.0\n" in printed
+    weights = "weight of experts' outputs, in training's last logged step, mean over runs (1 where none is named)"
+    assert f"{weights}: BASE 0.25\n" in printed
 
 
 def test_a_seed_without_its_pair_enters_the_mean_but_not_the_difference(tmp_path):

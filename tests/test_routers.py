@@ -76,7 +76,7 @@ def test_a_plan_sorts_assignments_by_expert_and_keeps_their_order():
 
 def test_load_metrics_by_hand():
     # 5 real tokens and one of padding over 4 experts: loads 2, 1, 1, 0; the fifth is over capacity
-    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    weight = torch.tensor([1.0, 0.5, 0.25, 0.25, 0.0, 0.0])
     routing = Routing(
         torch.arange(6), torch.tensor([0, 0, 1, 2, 0, 0]), weight, torch.tensor(0.5), {"x": torch.tensor(7)}
     )
@@ -85,7 +85,7 @@ def test_load_metrics_by_hand():
     assert load_of(routing, 4).tolist() == [2, 1, 1, 0]
     entropy = (0.5 * math.log(2) + 2 * 0.25 * math.log(4)) / math.log(4)
     assert metrics == pytest.approx(
-        {"max_over_mean": 2.0, "entropy": entropy, "dropped": 0.2, "unused": 1, "aux_loss": 0.5, "x": 7}
+        {"max_over_mean": 2.0, "entropy": entropy, "dropped": 0.2, "weight": 0.5, "unused": 1, "aux_loss": 0.5, "x": 7}
     )
 
 
