@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from analysis.arms import Arm
-from analysis.layout import arrows, broken, far_off, legend_above, number_at_the_end, span
+from analysis.layout import arrows, broken, far_off, legend_above, numbers_at_the_ends, span
 from analysis.tables import reference_of
 
 
@@ -34,8 +34,9 @@ def against_place(
     for joined, ends in asked.get("joins", {}).items():
         own = rows["arm"].isin(list(ends))
         rows.loc[own, "x"], rows.loc[own, "method"] = rows.loc[own, "arm"].map(ends), joined
+    out = far_off(rows)
     low, high = span(
-        rows.loc[rows["difference_mean"].notna()], *(papers[arm][0] for arm in rows["arm"] if arm in papers)
+        rows.loc[rows["difference_mean"].notna()], *(papers[arm][0] for arm in rows.loc[~out, "arm"] if arm in papers)
     )
     limits, cut = (low - 0.08 * (high - low), high + 0.08 * (high - low)), False
     places = sorted(set(rows["x"].dropna()))
@@ -49,12 +50,12 @@ def against_place(
     lower.set_ylabel(f"test loss minus\n{broken(reference_of(frame), 20)}'s (nats)")
     if high > low:
         lower.set_ylim(*limits)
-    off_the_axes(upper, lower, rows, far_off(rows))
     lower.axhline(0, color="0.35", linewidth=0.7, linestyle=":")
     for axes in below:
         public_curves(axes, public, style)
     theirs = [] if public is None else public["num_experts"].tolist()
     scale_x(figure.axes[-1], sorted({*places, *theirs}), asked["scale"])
+    off_the_axes(upper, lower, rows, out)
     n = " to ".join(str(each) for each in {rows["n"].min(): 0, rows["n"].max(): 0})
     told = "\nbars below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
     told += "; arrows: beyond the axis" if cut else ""
@@ -86,9 +87,12 @@ def off_the_axes(upper: Axes, lower: Axes, rows: pd.DataFrame, out: pd.Series) -
     mean, deviation = rows.loc[~out, "test_ce"], rows.loc[~out, "test_ce_deviation"].fillna(0)
     low, high = (mean - deviation).min(), (mean + deviation).max()
     upper.set_ylim(low - 0.08 * (high - low), high + 0.2 * (high - low))
-    for row in rows.loc[out & rows["x"].notna()].to_dict("records"):
-        number_at_the_end(upper, row["x"], f"{row['test_ce']:.2f}", row["difference_mean"] > 0)
-        number_at_the_end(lower, row["x"], f"{row['difference_mean']:+.2f}", row["difference_mean"] > 0)
+    for axes, figure, form in ((upper, "test_ce", ".2f"), (lower, "difference_mean", "+.3g")):
+        points = []
+        for x, y, label in rows.loc[out, ["x", figure, "label"]].itertuples(index=False):
+            placed = x == x  # else a level line
+            points.append((x if placed else axes.get_xlim()[0], y, ("" if placed else f"{label} ") + format(y, form)))
+        numbers_at_the_ends(axes, points)
 
 
 def compared(

@@ -79,7 +79,10 @@ def examine(part: Part, runs: pd.DataFrame, margin: float, repeats: pd.DataFrame
     if part["expect"] == "told":
         told = _crossing(part, model, noisy, places)
         return Outcome(line(part), "", told=told, **behind) if told else apart
-    contrast = _range(model, named) if "range" in part else claims.weights_of(part, places)
+    settling = [arm for arm in named if arm not in model.apart]
+    if "range" in part and len(settling) < 2:
+        return apart
+    contrast = _range(model, settling) if "range" in part else claims.weights_of(part, places)
     estimate = _apart(model, contrast) if "alike" in part else _contrast(model, noisy, contrast)
     if np.isnan(estimate.value):
         return apart
@@ -88,7 +91,7 @@ def examine(part: Part, runs: pd.DataFrame, margin: float, repeats: pd.DataFrame
     floor, estimate = floor_of_means(floor, [*contrast.values()], n), estimate._replace(n=min(n))
     told = Outcome(line(part), "", estimate, claims.unit_of(part), floor=floor, **behind)
     if "range" in part:  # the worst and the best were chosen by the data: Tukey's range test
-        p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(named), model.dof) if model.dof else np.nan
+        p_for = studentized_range.sf(abs(estimate.t) * 2**0.5, len(settling), model.dof) if model.dof else np.nan
         return _above_floor(told, (float(p_for), estimate.p_within(margin)), (estimate.value, margin - estimate.value))
     told = told._replace(blind=part["expect"] == "within" and bool(margin < floor))
     shifted = estimate._replace(value=estimate.value + part.get("by", 0.0))
@@ -100,20 +103,24 @@ def _fitted(part: Part, whole: pd.DataFrame, named: list[str]) -> tuple[Additive
 
     A contrast within one of the table's groups takes a seed as another one in each of them, as the table does. One
     that crosses groups needs it to be the same, and is fitted on its own arms if a seed then is seen not to be (F-test
-    of seed by group at CHANCE). So is a range one of whose arms scatters unlike the others, and what is measured alike.
+    of seed by group at CHANCE, of the arms that are not apart). So is a range one of whose arms scatters unlike the
+    others, and what is measured alike. Of a range those arms count that are not apart: it is at least as wide.
     """
     style, asked = _declared(part["sweep"])
     arms = described(whole["arm"], style)
     own = whole.loc[whole["arm"].isin(named)]
     if "alike" in part:
         return model_of(own, arms, asked | {"groups": False}, FIGURE), set()
-    linked = asked.get("groups") and len({arms[arm].place for arm in named}) > 1
-    model = model_of(whole, arms, asked | {"groups": asked.get("groups") and not linked}, FIGURE)
-    if linked and nested(model, model_of(whole, arms, asked, FIGURE)) < CHANCE:
-        model = model_of(own, arms, asked | {"groups": False}, FIGURE)
-    model = settled(model)
-    noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance} & set(named)
-    return (model_of(own, arms, asked, FIGURE), set()) if noisy and "range" in part else (model, noisy)
+    model = settled(model_of(whole, arms, asked, FIGURE))
+    if asked.get("groups") and len({arms[arm].place for arm in named}) > 1:
+        linked = model_of(whole, arms, asked | {"groups": False}, FIGURE, model.apart)
+        seen = nested(linked, model) < CHANCE
+        model = settled(model_of(own, arms, asked | {"groups": False}, FIGURE) if seen else linked)
+    noisy = {arm for arm, (_, beyond_chance) in noisy_arms(model).items() if beyond_chance} & set(named) - model.apart
+    apart = model.apart & set(named)
+    if "range" in part:
+        return model_of(own, arms, asked, FIGURE, apart) if noisy else model, set()
+    return model, noisy | apart
 
 
 @cache

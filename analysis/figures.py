@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
-from analysis.layout import arrows, broken, legend_inside_or_above, save, span
+from analysis.layout import arrows, broken, far_off, legend_inside_or_above, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
 from analysis.tables import leaky, reference_of
@@ -119,7 +119,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     labels = [broken(label) for label in rows["label"]]
     figure.set_size_inches(3.4, 1.2 + (0.2 if any("\n" in label for label in labels) else 0.15) * len(rows))
     ends = rows.loc[~leaky(rows)]
-    theirs = [papers[arm][0] for arm in ends["arm"] if arm in papers]
+    theirs = [papers[arm][0] for arm in ends.loc[~far_off(ends), "arm"] if arm in papers]
     low, high = span(ends, *theirs)
     limits, cut = (low - 0.05 * (high - low), high + 0.05 * (high - low)), False
     axes = figure.subplots()
@@ -128,9 +128,9 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     for place, row in rows.iterrows():
         mean, look = row["difference_mean"], arms[row["arm"]].look
         if not low <= mean <= high:
-            told: dict[str, Any] = {"va": "center", "fontsize": 6.5, "ha": "left" if mean < low else "right"}
-            told["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # clear of the line at 0
-            axes.text(low if mean < low else high, place, f"← {mean:+.2f}" if mean < low else f"{mean:+.2f} →", **told)
+            note: dict[str, Any] = {"va": "center", "fontsize": 6.5, "ha": "left" if mean < low else "right"}
+            note["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # clear of the line at 0
+            axes.text(low if mean < low else high, place, f"← {mean:+.3g}" if mean < low else f"{mean:+.3g} →", **note)
             continue
         if row["arm"] in papers:
             axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)

@@ -67,18 +67,28 @@ def span(rows: pd.DataFrame, *further: float) -> tuple[float, float]:
 
 
 def far_off(rows: pd.DataFrame) -> Any:
-    """Of each row whether it is an arm tested alone, further from all others and 0 than these are from each other: what
-    collapsed would press all else flat, so that its number stands at the axis' end instead."""
+    """Of each row whether it is an arm tested alone, further from 0 and the others' intervals than these reach: what
+    collapsed would press all else flat, so that its number stands at the axis' end instead. None, if all are."""
     alone, mean = rows["alone"].astype(bool), rows["difference_mean"]
-    low, high = min(0.0, mean[~alone].min()), max(0.0, mean[~alone].max())
+    ends = rows.loc[~alone, ["difference_low", "difference_mean", "difference_high"]].to_numpy(float)
+    if np.isnan(ends).all():
+        return alone & False
+    low, high = min(0.0, np.nanmin(ends)), max(0.0, np.nanmax(ends))
     return alone & ((mean < 2 * low - high) | (mean > 2 * high - low))
 
 
-def number_at_the_end(axes: Axes, x: float, text: str, above: bool) -> None:
-    """The number of a point that lies beyond the y axis, with an arrow."""
-    place: dict[str, Any] = {"xy": (x, 1.0 if above else 0.0), "xycoords": axes.get_xaxis_transform()}
-    place |= {"xytext": (-3, -1 if above else 1), "textcoords": "offset points"}
-    axes.annotate(f"{text} {'↑' if above else '↓'}", **place, ha="right", va="top" if above else "bottom", fontsize=6.5)
+def numbers_at_the_ends(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Of the points (x, y, text) that lie beyond the y axis the texts, with arrows, one below the other: left of x, or
+    right of it in the left half."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    across = axes.transData + axes.transAxes.inverted()
+    beyond = [each for each in points if not low <= each[1] <= high]
+    for number, (x, y, text) in enumerate(beyond):
+        up, at = y > high, across.transform((min(max(x, left), right), low))[0]
+        place: dict[str, Any] = {"xytext": (3 if at < 0.5 else -3, (-1 if up else 1) * (1 + 8 * number))}
+        place |= {"xy": (at, 1.0 if up else 0.0), "xycoords": "axes fraction", "textcoords": "offset points"}
+        place |= {"ha": "left" if at < 0.5 else "right", "va": "top" if up else "bottom", "fontsize": 6.5}
+        axes.annotate(f"{text} {'↑' if up else '↓'}", **place)
 
 
 def arrows(

@@ -41,7 +41,7 @@ class Metrics(NamedTuple):
 
     def routing(self) -> dict[str, float]:
         """Of all layers and lines the largest certified gap and share of dropped assignments, and in the last line that
-        has them the fullest expert over the mean and the largest layer's weight, as route/<figure>. What was not logged
+        has them the fullest expert over the mean and the least layer's weight, as route/<figure>. What was not logged
         is left out."""
         last = next((line for line in reversed(self.written) if '/max_over_mean": ' in line), "")
         text, found = "\n".join(self.written), {}
@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
             everywhere = key in EVERYWHERE and f'/{key}": ' in last  # a router logs the same figures at each step
             logged = pattern.findall(text if everywhere else last)
             if logged:
-                found[f"route/{key}"] = max(map(float, logged))
+                found[f"route/{key}"] = (min if key == "weight" else max)(map(float, logged))
         return found
 
 

@@ -46,7 +46,7 @@ LOGGED = {  # figure of metrics.routing: what it is, its form, how the runs of a
     ),
     "dropped": ("assignments dropped for want of capacity, in a logged step at most", ".1%", "max", 0),
     "max_over_mean": (f"tokens of the fullest expert over the mean, {LAST}", ".1f", "mean", None),
-    "weight": (f"weight of experts' outputs, {LAST} (1 where none is named)", ".2g", "mean", 1),
+    "weight": (f"weight of experts' outputs in the layer where it is least, {LAST}", ".2g", "mean", None),
 }
 
 

@@ -1,5 +1,6 @@
 """The numbers of a table: one row an arm, from the runs behind it alone."""
 
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,18 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
 
 
 def model_of(
-    counted: pd.DataFrame, arms: dict[str, Any], asked: dict[str, Any], column: str = "test/ce"
+    counted: pd.DataFrame,
+    arms: dict[str, Any],
+    asked: dict[str, Any],
+    column: str = "test/ce",
+    apart: Iterable[Hashable] = (),
 ) -> AdditiveModel:
-    """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them."""
+    """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them.
+    apart: of fit."""
     seeds = counted["seed"].astype(str)
     if asked.get("groups"):
         seeds = seeds + " of " + pd.Series([arms[arm].place for arm in counted["arm"]], index=counted.index)
-    return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted[column].to_numpy())
+    return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted[column].to_numpy(), apart)
 
 
 def further_pairs(model: AdditiveModel, arms: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -243,6 +243,13 @@ def test_the_noise_of_an_arm_apart_reaches_no_other_and_its_own_comparison_is_by
     )
 
 
+def test_where_nobody_can_say_which_of_two_arms_it_is_none_is_apart():
+    arm, seed, losses = some_tables(6, 3, tables=1, noise=[1, 1, 1, 1, 1, 200.0])
+    groups = seed + 10 * (arm > 3)  # arms 4 and 5 share their seeds with no other
+    assert settled(fit(arm, seed, losses[0])).apart == {5}
+    assert settled(fit(arm, groups, losses[0])).apart == set()
+
+
 def test_arms_may_have_references_of_their_own_and_intervals_hold_together():
     arm, seed, losses = some_tables(4, 3, tables=2000)
     covered = 0

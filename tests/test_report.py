@@ -12,9 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from analysis.arms import load
 from analysis.figures import over_seeds
+from analysis.layout import numbers_at_the_ends
 from analysis.metrics import read_metrics
 from analysis.report import main, report, write_tables
 from analysis.runs import read_study
@@ -154,10 +156,33 @@ def test_an_arm_that_collapsed_is_a_number_at_the_axis_end_and_presses_no_other_
     assert "Switch, coef 1, whose variance is another (p < 0.001), has no part in it" in printed
     frame = table_of(tmp_path, "load_balance")
     assert list(frame["alone"]) == [False] * 4 + [True] and frame.loc["switch_coef_0", "separated"]
-    for axes, text in zip(drawn["axes"], ("6.50 ↑", "+1.30 ↑")):
+    for axes, text in zip(drawn["axes"], ("6.50 ↑", "+1.3 ↑")):
         assert [each.get_text() for each in axes.texts] == [text]
         low, high = axes.get_ylim()
         assert high - low < 0.2
+
+
+def test_where_all_are_tested_alone_none_is_far_off(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(axes=figure.axes))
+    losses = {"dense": 5.3, "hash_balanced": 5.2, "switch_coef_0": 5.28, "switch_coef_0.1": 5.26}
+    runs, scatter = tmp_path / "runs", [[1, -1, 0], [40, -20, -20], [1, 0, -1], [-1, 0, 1]]
+    cells = [(arm, seed, ce + 1e-3 * own[seed]) for (arm, ce), own in zip(losses.items(), scatter) for seed in range(3)]
+    write_sweep(runs, [write_run(runs, *cell) for cell in cells], "load_balance")
+    report("load_balance", runs, tmp_path / "results")
+    assert list(table_of(tmp_path, "load_balance")["alone"]) == [True, False, True, True]
+    upper, lower = drawn["axes"]
+    assert not upper.texts and not lower.texts
+    assert lower.get_ylim()[1] > 0.1 and upper.get_ylim()[1] > 5.3
+
+
+def test_numbers_of_what_lies_beyond_an_axis_stand_one_below_the_other_and_clear_of_its_ends():
+    axes = Figure().subplots()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 1)
+    numbers_at_the_ends(axes, [(0, 5, "a"), (5, 0.5, "inside"), (5, 7, "b"), (10, -3, "c")])
+    drawn = [(each.get_text(), each.get_ha(), each.get_position()[1]) for each in axes.texts]
+    assert drawn == [("a ↑", "left", -1), ("b ↑", "right", -9), ("c ↓", "right", 17)]
 
 
 def test_figures_of_the_text_stand_beside_those_of_the_tokens(tmp_path, monkeypatch):
@@ -312,7 +337,8 @@ def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
             gap = {20: 3e-4, 40: math.nan}.get(line["step"], 1e-5)
             line |= {"route/1/assignment_gap": gap / (1 + seed), "route/1/dropped": 0.25 * (line["step"] == 60)}
             line |= {"route/3/dropped": 0.0, "route/3/max_over_mean": 2.5 + seed if line["step"] == 200 else 9.0}
-            line |= {"route/3/weight": 0.125 + 0.25 * seed if line["step"] == 200 else 0.9}
+            line |= {"route/3/weight": 0.125 + 0.25 * seed if line["step"] == 200 else 0.1}
+            line["route/1/weight"] = 1.0
         path.write_text("".join(json.dumps(line) + "\n" for line in steps))
     for folder in folders[:2]:
         path = folder / "metrics.jsonl"
@@ -322,7 +348,9 @@ def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):
     assert "over tokens times the scores' deviation, at most: BASE 3.0e-04\n" in printed
     assert "dropped for want of capacity, in a logged step at most: BASE 25.0%\n" in printed
     assert "of the fullest expert over the mean, in training's last logged step, mean over runs: BASE 3.0\n" in printed
-    weights = "weight of experts' outputs, in training's last logged step, mean over runs (1 where none is named)"
+    weights = (
+        "weight of experts' outputs in the layer where it is least, in training's last logged step, mean over runs"
+    )
     assert f"{weights}: BASE 0.25\n" in printed
 
 

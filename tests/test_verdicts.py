@@ -176,6 +176,9 @@ def test_an_arm_that_scatters_unlike_the_others_is_tested_by_its_own_runs_alone(
     expected = paired_difference(pd.Series(lead[:, 1] / 2), pd.Series(lead[:, 0] / 2))
     assert examined(slope, runs, 0.008).estimate == pytest.approx(expected)
     extent = {"sweep": "modules", "range": ["switch_16", "switch_32", "switch_64"], "expect": "above"}
+    assert examined(extent, runs, 0.008).estimate.dof == 12  # of the two that are not apart, so at least as wide
+    assert abs(examined(extent, runs, 0.008).estimate.value) < 0.01
+    runs.loc[wild, "test/ce"] = own["switch_32"].to_numpy() + 0.0006 * np.array([1, -1, 2, -2])  # noisy, but not apart
     assert examined(extent, runs, 0.008).estimate.dof == 2 * (SEEDS - 1)  # of the three alone
 
 
@@ -192,12 +195,13 @@ def test_a_contrast_takes_one_seed_of_several_groups_as_one_only_if_it_crosses_t
         assert examined(within, runs, 0.008).estimate.n == 3
 
 
-LONG_CASES = [pytest.param(*case, marks=pytest.mark.long) for case in ((4, 0, 3), (1, 1, 3), (1, 0, 5))]
+LONG_CASES = [pytest.param(*case, 1, marks=pytest.mark.long) for case in ((4, 0, 3), (1, 1, 3), (1, 0, 5))]
 
 
-@pytest.mark.parametrize(("noise", "seed_by_group", "n"), [(1, 0, 3), (1, 4, 3), *LONG_CASES])
-def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group, n):
-    """Across groups, whatever a seed does in each, and though an arm of it has four times the others' deviation."""
+@pytest.mark.parametrize(("noise", "seed_by_group", "n", "other"), [(1, 0, 3, 1), (1, 6, 3, 50), *LONG_CASES])
+def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, seed_by_group, n, other):
+    """Across groups, whatever a seed does in each, and though an arm of it has four times the others' deviation, or
+    another one 50 times, which would hide what a seed does."""
     draws = np.random.default_rng(5)
     part = {"sweep": "horizon", "weights": {"hash_balanced_1x": 1, "dense_2x": -1}, "expect": "below"}
     arms, covered = [f"{arm}_{x}x" for x in (1, 2, 4) for arm in ("dense", "hash_balanced", "switch")], []
@@ -205,6 +209,7 @@ def test_the_interval_of_a_contrast_covers_in_nineteen_tables_of_twenty(noise, s
         group = np.repeat(seed_by_group * draws.standard_normal((3, n)), 3, axis=0)
         losses = draws.standard_normal(n) + group + draws.standard_normal((9, n))
         losses[3] += (noise**2 - 1) ** 0.5 * draws.standard_normal(n)  # dense_2x
+        losses[8] += (other**2 - 1) ** 0.5 * draws.standard_normal(n)  # switch_4x
         low, high = examined(part, frame(dict(zip(arms, losses.tolist()))), 0.008).estimate.interval()
         covered.append(low < 0 < high)
     assert np.mean(covered) > 0.9
