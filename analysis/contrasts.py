@@ -151,7 +151,8 @@ def _scatter(part: Part, model: AdditiveModel, noisy: set[Hashable], named: list
     if noisy:
         return f"by its own runs alone, for {', '.join(sorted(map(str, noisy)))} scatters unlike the other arms"
     own = set(model.arms) == set(named)
-    arms = f"{'its own' if own else 'all'} {len(model.arms)} arms" + (f" but {len(model.apart)}" if model.apart else "")
+    arms = f"{'its own' if own else 'all'} {len(model.arms)} arms"
+    arms += f" but {', '.join(sorted(map(str, model.apart)))}, set apart," if model.apart else ""
     return f"by the residual of {arms} on {model.dof} degrees of freedom"
 
 

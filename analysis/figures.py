@@ -116,7 +116,8 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     """
     rows = frame.loc[~frame["reference"] & frame["difference_mean"].notna()]
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
-    labels = [broken(label) for label in rows["label"]]
+    fewer = rows["n"] < rows["n"].max()
+    labels = [broken(f"{row.label} (n = {row.n})" if few else row.label) for row, few in zip(rows.itertuples(), fewer)]
     figure.set_size_inches(3.4, 1.2 + (0.2 if any("\n" in label for label in labels) else 0.15) * len(rows))
     ends = rows.loc[~leaky(rows)]
     theirs = [papers[arm][0] for arm in ends.loc[~far_off(ends), "arm"] if arm in papers]

@@ -86,6 +86,7 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
         f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
+        "  (what a GPU compiles at first counts, some seconds more or less a run: for speed see tokens per s)",
     ]
     counted = runs.loc[runs["outcome"] == "finished", "run_command"].fillna("")
     if shared := sum(counted.str.contains(r"jobs_per_gpu=(?:[2-9]|\d\d)")):

@@ -44,12 +44,15 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     where += f"runs    {folder}/runs.csv, folders in {runs}/"
     fair = frame.loc[~tables.leaky(frame), "arm"]  # an oracle has nothing to continue with
     ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
-    best = shlex.quote(str(runs / ranked["id"].iloc[0]))
+    best = runs / ranked["id"].iloc[0]
     command = shlex.split(study.command)
     words = [word for word in command if "=" in word and not word.startswith("scale=")]
     python, run = (_as_typed_here(Path(path)) for path in (sys.executable, Path(__file__).parents[1] / "run.py"))
-    known = {"python": python, "run": run, "best": best, "sweep": shlex.join(words)}
-    ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in style["next"]]
+    known = {"python": python, "run": run, "best": shlex.quote(str(best)), "sweep": shlex.join(words)}
+    kept = any((best / "checkpoints").glob("*"))
+    fit = [idea for idea in style["next"] if kept >= idea.get("weights", False)]
+    fit = [idea for idea in fit if idea.get("scale", study.scale) == study.scale]
+    ideas = [f"  # {idea['why']}\n  {idea['command'].format(**known)}" for idea in fit]
     return "\n\n".join([printed, where, "\n".join(["what to try next:", *ideas])])
 
 

@@ -108,7 +108,10 @@ def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
 def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
     """The verdicts; each part that runs are there for, with its figure and these runs; and what was not run."""
     rows = [[each.claim, each.verdict, _number(each.p), each.says] for each in verdicts]
-    lines = [f"The claims at scale {scale}; p is Holm's over {len(verdicts)}, a verdict needs p < {level:g}", ""]
+    lines = [
+        f"The claims at scale {scale}; p is two-sided, Holm's over {len(verdicts)}; a verdict needs p < {level:g}",
+        "",
+    ]
     widths = [None, 19, None, 80]
     lines += [tabulate(rows, ["", "verdict", "p", "claim"], "simple", disable_numparse=True, maxcolwidths=widths), ""]
     for each in verdicts:
@@ -166,6 +169,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="where committed results are")
     given = parser.parse_args()
     claims = read_claims()
+    known = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "scale").glob("*.yaml"))
+    if given.scale not in known and not (given.results / given.scale).is_dir():
+        parser.exit(2, f"analysis.verdicts: there is no scale {given.scale}; there are {', '.join(known)}\n")
     try:
         verdicts = judge(claims, lambda sweep: runs_of(sweep, given.scale, given.runs, given.results))
     except (ValueError, KeyError, OSError) as error:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 
 from training.build import choose_device, make_dictionary, outline, precision
+from training.provenance import device_name
 from training.run import Run
 from training.settings import Settings
 
@@ -48,17 +50,22 @@ def cost(settings: Settings, run: Run | None) -> Cost:
 
 @dataclass
 class Pace:
-    """Seconds of runs to come, from those that have finished in a folder."""
+    """Seconds of runs to come, from those that have finished in a folder on a device like this machine's."""
 
     runs: Path
     seen: dict[tuple[str, str | None], list[tuple[float, float]]] = field(default_factory=dict)  # FLOPs, seconds
 
     def __post_init__(self) -> None:
+        here = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for path in self.runs.expanduser().glob("*/result.json"):
             result = json.loads(path.read_text())
             if result.get("outcome") != "finished" or not (path.parent / "config.yaml").exists():
                 continue
             config = yaml.safe_load((path.parent / "config.yaml").read_text())
+            origin = path.parent / "provenance.json"
+            device = json.loads(origin.read_text()).get("device") if origin.exists() else None
+            if device not in (None, here):  # brought here from elsewhere
+                continue
             kind = config["scale"], config["router"]["_target_"]
             flops = result["train_flops_per_token"] * result["tokens"]
             self.seen.setdefault(kind, []).append((flops, result["seconds"]))

@@ -206,8 +206,10 @@ def test_no_printed_line_is_wider_than_120_columns(whole, tmp_path, monkeypatch)
 
 
 def test_it_says_where_things_are_and_what_to_try_next(whole, tmp_path):
-    printed = report("quickstart", whole, tmp_path / "results")
+    assert "training.sample" not in report("quickstart", whole, tmp_path / "results")  # no run has kept weights
     best = next(whole.glob("hash_balanced-s0-*"))
+    (best / "checkpoints" / "step-200").mkdir(parents=True)
+    printed = report("quickstart", whole, tmp_path / "results")
     assert f"-m training.sample {best}\n" in printed
     assert len(printed[printed.index("what to try next") :].splitlines()) == 7
     for name in ("table.md", "table.tex", "table.csv", "runs.csv", "figure.png", "figure.pdf"):
@@ -482,6 +484,8 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     leaks = ["future in evaluation", "future in training"]
     folders += [write_run(runs, "seer", seed, 2.0, leaks=leaks) for seed in range(2)]
     write_sweep(runs, folders, "many")
+    for folder in folders:
+        (folder / "checkpoints" / "step-200").mkdir(parents=True)
     printed = report("many", runs, tmp_path / "results")
     assert "differences with their intervals" in printed
     assert "seer ‡" in printed
