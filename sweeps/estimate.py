@@ -50,23 +50,22 @@ def cost(settings: Settings, run: Run | None) -> Cost:
 
 @dataclass
 class Pace:
-    """Seconds of runs to come, from those that have finished in a folder on a device like this machine's."""
+    """Seconds of runs to come, from those that have finished in a folder: of a run on a CPU those on one like this, of
+    one on a GPU all others."""
 
     runs: Path
-    seen: dict[tuple[str, str | None], list[tuple[float, float]]] = field(default_factory=dict)  # FLOPs, seconds
+    seen: dict[tuple[str, str | None, bool], list[tuple[float, float]]] = field(default_factory=dict)  # FLOPs, seconds
 
     def __post_init__(self) -> None:
-        here = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        cpu = device_name(torch.device("cpu"))
         for path in self.runs.expanduser().glob("*/result.json"):
             result = json.loads(path.read_text())
             if result.get("outcome") != "finished" or not (path.parent / "config.yaml").exists():
                 continue
             config = yaml.safe_load((path.parent / "config.yaml").read_text())
             origin = path.parent / "provenance.json"
-            device = json.loads(origin.read_text()).get("device") if origin.exists() else None
-            if device not in (None, here):  # brought here from elsewhere
-                continue
-            kind = config["scale"], config["router"]["_target_"]
+            device = json.loads(origin.read_text()).get("device") if origin.exists() else ""
+            kind = config["scale"], config["router"]["_target_"], device == cpu
             flops = result["train_flops_per_token"] * result["tokens"]
             self.seen.setdefault(kind, []).append((flops, result["seconds"]))
 
@@ -75,8 +74,9 @@ class Pace:
         if cost.tokens is None:
             return None, ""
         scale, router = settings.scale, settings.router["_target_"]
-        alike = self.seen.get((scale, router))
-        of_scale = [each for (name, _), runs in self.seen.items() if name == scale for each in runs]
+        here = choose_device(settings).type == "cpu"
+        alike = self.seen.get((scale, router, here))
+        of_scale = [each for (name, _, cpu), runs in self.seen.items() if (name, cpu) == (scale, here) for each in runs]
         flops = cost.flops * cost.tokens
         if known := alike or of_scale:
             rate = sum(seconds for _, seconds in known) / sum(flops for flops, _ in known)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 from test_config import ARMS, NUM_EXPERTS, run_py
@@ -16,12 +17,13 @@ from analysis.runs import read_study
 from data.prepare import NotPrepared
 from sweeps import dry_run
 from sweeps.composing import jobs_of
-from sweeps.estimate import cost
+from sweeps.estimate import Pace, cost
 from sweeps.overview import overview
 from sweeps.plan import Plan, jobs_to_run
 from training.build import open_data
 from training.identity import digest_of, provisional_id
 from training.preflight import read
+from training.provenance import device_name
 
 # Arms of each sweep: runs of one seed; of position, two routers at each of smoke's 3 layers, and dense.
 SWEEPS = {"quickstart": 5, "routers": 43, "finetune": 6, "main": 9, "hash_methods": 10, "modules": 13, "multi_hash": 5}
@@ -186,6 +188,22 @@ def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path, ru
     assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in printed.splitlines()) == 5
     assert list(tmp_path.iterdir()) == []
     assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
+
+
+def test_time_to_come_is_by_runs_of_such_a_device(tmp_path):
+    settings = read(compose_config("router=dense", "device=cpu"))
+    needed = cost(settings, None)
+    for device, seconds in ((device_name(torch.device("cpu")), 20.0), ("NVIDIA H200", 1.0)):
+        folder = tmp_path / f"dense-s0-{seconds}"
+        folder.mkdir()
+        result = {"outcome": "finished", "seconds": seconds, "tokens": needed.tokens}
+        (folder / "result.json").write_text(json.dumps(result | {"train_flops_per_token": needed.flops}))
+        config = {"scale": settings.scale, "router": {"_target_": settings.router["_target_"]}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        (folder / "provenance.json").write_text(json.dumps({"device": device}))
+    assert Pace(tmp_path).seconds(settings, needed) == (pytest.approx(20.0), "finished runs of the router")
+    (tmp_path / "dense-s0-20.0" / "result.json").unlink()
+    assert Pace(tmp_path).seconds(settings, needed)[1] == "an assumed speed"
 
 
 def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text(tiny, tmp_path, capsys):
