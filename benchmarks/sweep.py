@@ -1,9 +1,9 @@
 """What a sweep of short jobs spends on anything but training: python -m benchmarks.sweep [--scale small] [OVERRIDES]
 
 Four methods with three seeds each, by run.py's own queue, into a folder of their own. Training is counted as tokens
-over the median of the logged rates, so that compiling is no training; from one job's result to the next is its time,
-which is told where one job runs after the other. With hydra.launcher.jobs_per_gpu=2, or on several GPUs, only what each
-job took and what all together did.
+over the median of the logged rates, so that compiling a step is no training (compiling an evaluation is evaluating);
+from one job's result to the next is its time, which is told where one job runs after the other. With
+hydra.launcher.jobs_per_gpu=2, or on several GPUs, only what each job took and what all together did.
 """
 
 import json
@@ -69,7 +69,10 @@ def jobs_of(runs: Path, began: float, one_by_one: bool) -> list[Row]:
         training = result["tokens"] / result["tokens_per_second"]
         row = {"arm": arm, "of its kind": seen[arm], "training, s": training}
         row |= {"whole, s": whole, "not training, s": whole - training} if one_by_one else {}
-        rows.append(row | {"in the job, s": result["seconds"] - training})
+        parts = {"compiling its steps, s": result["train_seconds"] - training}
+        parts |= {"evaluating, s": result["evaluate_seconds"]}
+        parts["start and finish, s"] = result["seconds"] - training - sum(parts.values())
+        rows.append(row | {"in the job, s": result["seconds"] - training} | parts)
     return rows
 
 

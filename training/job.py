@@ -192,6 +192,7 @@ def _figures(session: Session) -> dict[str, Any]:
         "tokens": progress.step * per_step,
         "token_budget": settings.train.steps * per_step,
         "train_seconds": progress.seconds,
+        "evaluate_seconds": session.evaluate_seconds,
         # the first rate holds start-up and compiling
         "tokens_per_second": statistics.median(rates[1:] or rates) if rates else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,6 +42,7 @@ class Session:
     origin: dict[str, Any]  # what provenance.json holds
     best: dict[str, Tensor] = field(default_factory=dict)
     assigned: dict[str, Tensor] = field(default_factory=dict)
+    evaluate_seconds: float = field(default=0.0, init=False)  # with what a GPU compiles for it at first
 
     def measure(
         self,
@@ -52,8 +54,9 @@ class Session:
         """evaluation.evaluate's sums over a split, or so many windows of it. Raises Diverged if they are not finite,
         and ValueError if no token of these windows counts."""
         train, counts, text = self.run.settings.train, self.run.prepared.token_counts, self.run.splits[split]
-        batch = train.micro_batch or train.batch_size
+        batch, began = train.micro_batch or train.batch_size, time.perf_counter()
         sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch)
+        self.evaluate_seconds += time.perf_counter() - began
         if not sums["tokens"]:
             raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
         if not math.isfinite(mean_ce(sums)):
