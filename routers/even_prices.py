@@ -11,7 +11,6 @@ G groups, N rows, E experts
 """
 
 import math
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ SETTLING = 2  # further steps at the last temperature
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
 PARTS = 64  # in which P'P is summed
 STRIDE = 2.5  # temperatures that a price may move in a step
-MOST_EXPERTS = 128  # of the kernel: whose products fit into the registers of a program
 
 
 def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,32 +40,17 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     return prices, factor(rivalry(choice))
 
 
+@compiled_on_gpu
 def newton_step(rows: Tensor, real: Tensor, prices: Tensor, temperature: Tensor, cooling: float) -> Tensor:
     """Prices (G, E) that even demand out at temperature * cooling, to first order. temperature ()."""
-    rivals, ahead = demand(rows, real, prices, temperature)
-    return evened(rivals, ahead, real.sum(1, keepdim=True), prices, temperature, cooling)
-
-
-def demand(rows: Tensor, real: Tensor, prices: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """P'P (G, E, E), and what a lower temperature adds to demand, the sum of P (z - <z>) (G, E): in one pass over the
-    rows on a GPU with Triton, whose products of three TF32 parts are as good as float32's."""
-    if rows.is_cuda and rows.shape[2] <= MOST_EXPERTS and find_spec("triton") is not None:
-        from routers.newton_kernel import soft_demand  # needs Triton, which comes with torch for GPUs alone
-
-        return soft_demand(rows, real, prices, temperature)
     reduced = (rows - prices[:, None]) / temperature  # (G, N, E)
     choice = reduced.softmax(-1) * real[..., None]
-    weighed = choice * reduced
-    mean = weighed.sum(-1, keepdim=True)
-    return rivalry(choice), torch.addcmul(weighed, choice, mean, value=-1).sum(1)
-
-
-@compiled_on_gpu
-def evened(
-    rivals: Tensor, ahead: Tensor, number: Tensor, prices: Tensor, temperature: Tensor, cooling: float
-) -> Tensor:
-    """The step, from what demand() gives and the number of real rows (G, 1)."""
-    surplus = rivals.sum(-1) - number / prices.shape[1] + (1 - cooling) * ahead
+    rivals = rivalry(choice)
+    surplus = rivals.sum(-1) - real.sum(1, keepdim=True) / rows.shape[2]
+    if cooling < 1:  # what a lower temperature adds: the sum of P (z - <z>)
+        weighed = choice * reduced
+        mean = weighed.sum(-1, keepdim=True)
+        surplus = surplus + (1 - cooling) * torch.addcmul(weighed, choice, mean, value=-1).sum(1)
     return prices + temperature * solved(factor(rivals), surplus).clamp(-STRIDE, STRIDE)
 
 

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from benchmarks.scores import drawn
 from data.randomness import generator
 from routers.base_layers import BalancedAssignment
-from routers.even_prices import demand, even_prices, newton_step
+from routers.even_prices import even_prices, newton_step
 from routers.even_rounding import loads, moved_along_a_tree, rank_within, rest_placed, spanning_tree, tree_flow
 from routers.fast_assignment import alike_together, certified_gap, fast_assignment, standardised
 from tests.conftest import WIDTH, compose_config, make_site, shaken, some_batch
@@ -141,19 +141,6 @@ def test_scores_that_are_not_finite_leave_loads_exact_and_show_in_the_gap():
         expert, gap = fast_assignment(scores, all_real(scores))
         assert torch.equal(torch.bincount(expert[0], minlength=8), torch.full((8,), 64))
         assert not torch.isfinite(gap)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("shape", [(1, 4096, 64), (2, 1000, 17), (1, 32768, 128)])
-@pytest.mark.parametrize("temperature", [1.0, 0.01, 3e-4])
-def test_the_kernel_of_a_newton_step_is_the_same_sums_on_a_gpu(shape, temperature):
-    draws = generator("newton", *shape)
-    rows, prices = torch.randn(shape, generator=draws), 0.3 * torch.randn(shape[0], shape[2], generator=draws)
-    real = torch.rand(shape[:2], generator=draws) > 0.1
-    ours = demand(rows.cuda(), real.cuda(), prices.cuda(), torch.tensor(temperature, device="cuda"))
-    exact = demand(rows.double(), real, prices.double(), torch.tensor(temperature).double())
-    for one, other in zip(ours, exact):
-        assert (one.cpu() - other).abs().max() <= 1e-3 * other.abs().max()
 
 
 def test_nothing_waits_for_the_device_or_breaks_the_graph():
