@@ -69,7 +69,7 @@ def jobs_of(runs: Path, began: float, one_by_one: bool) -> list[Row]:
         training = result["tokens"] / result["tokens_per_second"]
         row = {"arm": arm, "of its kind": seen[arm], "training, s": training}
         row |= {"whole, s": whole, "not training, s": whole - training} if one_by_one else {}
-        parts = {"compiling its steps, s": result["train_seconds"] - training}
+        parts = {"compiling its steps, s": max(0.0, result["train_seconds"] - training)}
         parts |= {"evaluating, s": result["evaluate_seconds"]}
         parts["start and finish, s"] = result["seconds"] - training - sum(parts.values())
         rows.append(row | {"in the job, s": result["seconds"] - training} | parts)

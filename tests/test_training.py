@@ -229,6 +229,44 @@ def test_evaluation_covers_the_split_whatever_the_batch_size_and_changes_nothing
     assert model.training
 
 
+def test_evaluating_is_no_training_time_from_the_first_one_on(tiny, monkeypatch):
+    clock, evaluated = [0.0], session.evaluate
+
+    def tick():
+        clock[0] += 0.001
+        return clock[0]
+
+    def slowly(*args, **options):
+        clock[0] += 100
+        return evaluated(*args, **options)
+
+    monkeypatch.setattr(time, "perf_counter", tick)
+    monkeypatch.setattr(session, "evaluate", slowly)
+    assert run(compose_config(*tiny)) == FINISHED
+    result = json.loads((folder_of(*tiny) / "result.json").read_text())
+    evaluations = sum("val/ce" in line for line in lines_of(folder_of(*tiny))) + 2  # validation and test at the end
+    assert 0 < result["train_seconds"] < 1
+    assert result["evaluate_seconds"] == pytest.approx(100 * evaluations, abs=1)
+    assert result["seconds"] == pytest.approx(100 * evaluations, abs=2)
+
+
+def test_a_loss_that_is_no_number_or_too_large_to_add_up_is_told_and_padding_s_is_not(tiny):
+    model, _, opened, losses = trained("router=dense", *tiny)
+    split, counts = opened.splits["validation"], opened.prepared.token_counts
+
+    def ce_sum(padding: float, loss: float) -> float:
+        def told(batch, plans):
+            _, routings, aux_loss = losses(batch, plans)
+            return torch.where(batch.counted, loss, padding), routings, aux_loss
+
+        return float(evaluate(model, told, split, 5, counts)["ce_sum"])
+
+    tokens = len(opened.prepared.tokens["validation"]) - 1
+    assert ce_sum(float("nan"), 0.1) == pytest.approx(0.1 * tokens, rel=1e-7)
+    assert ce_sum(0.0, 1e-7) == pytest.approx(1e-7 * tokens, rel=0.02)  # to 2^-29 nats each
+    assert all(math.isnan(ce_sum(0.0, loss)) for loss in (float("nan"), float("inf"), 1e30))
+
+
 def test_deciles_hold_a_tenth_of_the_training_text_each():
     deciles = frequency_deciles(torch.tensor([30, 10, 10, 10, 10, 10, 10, 5, 5, 0]))
     assert deciles.tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 9, 9]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,7 +17,8 @@ from data.mixed_batches import MixedSplit
 from models.transformer import Transformer
 from routers.routing import Plan, Routing, at_least_float32, count
 
-BATCHES = 64  # of an evaluation that the device holds before the host adds them up
+UNIT = 2.0**-28  # nats: losses are added up in whole numbers of it, which come to the same in any order
+MOST = 2.0**34  # nats of an evaluation: more do not fit into 64 bits
 Losses = tuple[Tensor, dict[int, Routing], Tensor]
 Compute = Callable[..., Losses]  # token_losses as build.make_losses gives it: (batch, plans) -> Losses
 
@@ -70,44 +70,38 @@ def evaluate(
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
     the token that the target follows; for each sparse layer load/<layer> (E,) and token_expert/<layer> (V, E), how
-    often each token id went to each expert.
+    often each token id went to each expert. ce_sum is not a number where a loss was not, or all exceed MOST.
     """
     device, width = model.embedding.device, model.num_experts
-    sums = {"document": np.zeros((2, len(split.ends) + 1)), "decile": np.zeros((2, 10))}
-    sums["input"] = np.zeros((2, len(counts)))
-    deciles, measured = frequency_deciles(counts).numpy(), []
+    sizes = {"document": len(split.ends) + 1, "decile": 10, "input": len(counts)}
+    sums = {name: torch.zeros(2, size, dtype=torch.int64, device=device) for name, size in sizes.items()}
     experts = {layer: torch.zeros(len(counts) * width, dtype=torch.int64, device=device) for layer in model.routers}
+    deciles, total = frequency_deciles(counts).to(device), torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad(), evaluating(model, as_in_training):
         of = -(-(min(windows, len(split)) if windows else len(split)) // batch_size)
         for number, batch in enumerate(evaluation_batches(split, batch_size, windows)):
             watch(number / of)
             moved, plans = model.prepare(batch.to(device))
             ce, routings, _ = losses(moved, plans)
-            measured.append((ce, moved.counted, moved.tokens.id, moved.target, moved.target_document))
+            nats = torch.where(moved.counted, ce.double(), 0.0)
+            total += nats.sum()
+            added = torch.stack([(nats / UNIT).round().long(), moved.counted.long()]).flatten(1)
+            places = {"document": moved.target_document, "decile": deciles[moved.target], "input": moved.tokens.id}
+            for name, place in places.items():
+                for row, each in zip(sums[name], added, strict=True):
+                    row.scatter_add_(0, place.flatten(), each)
             for layer, routing in routings.items():
                 token = moved.routed(model.in_encoder).id.reshape(-1).index_select(0, routing.token)
                 served = (routing.weight > 0).long()
                 experts[layer] += count(token * width + routing.expert, len(experts[layer]), served)
-            if len(measured) == BATCHES or number == of - 1:  # the host waits for the device here alone
-                add(sums, deciles, measured)
-                measured = []
     result = {}
-    for name, (ce_sum, tokens) in sums.items():
-        result |= {f"{name}_ce_sum": torch.from_numpy(ce_sum), f"{name}_tokens": torch.from_numpy(tokens).long()}
+    for name, (nats, tokens) in sums.items():  # the host waits for the device here alone
+        result |= {f"{name}_ce_sum": nats.cpu().double() * UNIT, f"{name}_tokens": tokens.cpu()}
     for layer, counted in experts.items():
         result[f"token_expert/{layer}"] = counted.view(len(counts), width).cpu()
         result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)
-    return result | {"ce_sum": result["document_ce_sum"].sum(), "tokens": result["document_tokens"].sum()}
-
-
-def add(sums: dict[str, np.ndarray], deciles: np.ndarray, measured: list[tuple[Tensor, ...]]) -> None:
-    """Adds what batches measured, each cross-entropy, counted, input, target and the target's document (B, S), to the
-    sums by document, decile and input (2, n): of nats, and of counted tokens."""
-    whole = (torch.cat(tensors).cpu().numpy() for tensors in zip(*measured, strict=True))
-    ce, counted, token, target, document = whole
-    weights = ce[counted].astype(np.float64), np.ones(counted.sum())
-    for name, place in {"document": document, "decile": deciles[target], "input": token}.items():
-        sums[name] += [np.bincount(place[counted], weight, len(sums[name][0])) for weight in weights]
+    whole = result["document_ce_sum"].sum() if total < MOST else torch.tensor(math.nan, dtype=torch.float64)
+    return result | {"ce_sum": whole, "tokens": result["document_tokens"].sum()}
 
 
 def mean_ce(sums: dict[str, Tensor]) -> float:

@@ -75,10 +75,10 @@ class Trainer:
         clipped = torch.tensor(progress.clipped, device=self.device)
         alive = torch.tensor(True, device=self.device)  # all has been finite so far; if not, nothing moves any more
         died = torch.zeros((), dtype=torch.int64, device=self.device)  # the first step that was not
-        clock, clock_step = time.perf_counter(), progress.step
         with ThreadPoolExecutor(1) as ahead:
             if progress.step == 0:
                 self.evaluate()
+            clock, clock_step = time.perf_counter(), progress.step
             upcoming = ahead.submit(self.micro_batches, progress.step)
             while not self.ended():
                 micros = self.taken(upcoming.result())
