@@ -26,6 +26,9 @@ from analysis.runs import read_record, read_runs
 from analysis.statistics import holm
 
 REPEATS = "noise_floor"  # the sweep of one run repeated
+FLOOR = "the noise floor: how far a figure may differ where the same runs are repeated (sweeps=noise_floor, 95 %). "
+FLOOR += "(below noise floor): a figure is past its bound by less; (noise floor): it is above the margin, and that two "
+FLOOR += "methods are equal cannot be told"
 COLUMNS = ["id", "arm", "seed", "outcome"]
 
 
@@ -105,8 +108,9 @@ def runs_of(sweep: str, scale: str, runs: Path, results: Path) -> pd.DataFrame:
     return pd.DataFrame(columns=COLUMNS)
 
 
-def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
-    """The verdicts; each part that runs are there for, with its figure and these runs; and what was not run."""
+def printed(verdicts: list[Verdict], scale: str, level: float, margin: float) -> str:
+    """The verdicts; each part that runs are there for, with its figure and these runs; what was not run; and what the
+    words of the parts mean."""
     rows = [[each.claim, each.verdict, _number(each.p), each.says] for each in verdicts]
     lines = [
         f"The claims at scale {scale}; p is two-sided, Holm's over {len(verdicts)}; a verdict needs p < {level:g}",
@@ -122,6 +126,8 @@ def printed(verdicts: list[Verdict], scale: str, level: float) -> str:
         asked = [f"{sweep} ({', '.join(claims)})" for sweep, claims in unrun.items()]
         lines += wrap(f"not run at scale {scale}: {', '.join(asked)}", 116, subsequent_indent="  ")
         lines.append(f"  python run.py -m sweeps=NAME scale={scale}")
+    if any(not part.unrun for each in verdicts for part in each.parts):
+        lines += wrap(f"the margin: {margin:g} nats, within which two methods are called equivalent; {FLOOR}", 116)
     return "\n".join(lines)
 
 
@@ -176,7 +182,7 @@ def main() -> None:
         verdicts = judge(claims, lambda sweep: runs_of(sweep, given.scale, given.runs, given.results))
     except (ValueError, KeyError, OSError) as error:
         parser.exit(2, f"analysis.verdicts: {error}\n")
-    print(printed(verdicts, given.scale, claims["level"]))
+    print(printed(verdicts, given.scale, claims["level"], claims["margin"]))
 
 
 if __name__ == "__main__":

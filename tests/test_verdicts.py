@@ -423,8 +423,9 @@ def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_th
     plant(trained[:1], tmp_path, "noise_floor", {"hash_balanced_repeat_0": 0, "hash_balanced_repeat_1": 0.003})
     found = judged_of(tmp_path)[1]
     assert found.claim == "C2" and found.verdict == verdict
-    said = " ".join(printed([found], "smoke", 0.05).split())
+    said = " ".join(printed([found], "smoke", 0.05, 0.008).split())
     assert "p for cannot be told, the noise floor is above the margin, against" in said
+    assert "the margin: 0.008 nats, within which two" in said and "(noise floor): it is above the margin" in said
     (tmp_path / "sweeps" / "noise_floor.json").unlink()
     assert verdicts_of(tmp_path)["C2"] == ("contradicted" if apart == 0.1 else "supported")
 
@@ -441,7 +442,7 @@ def test_an_oracle_that_is_below_all_by_little_is_not_far_below(trained, tmp_pat
     for below, verdict in ((-0.02, "contradicted"), (-0.3, "supported")):
         plant(trained, tmp_path / verdict, "hash_methods", METHODS | {"hash_next_token": below})
         assert verdicts_of(tmp_path / verdict)["C4"] == verdict
-    said = printed(judged_of(tmp_path / "supported"), "smoke", 0.05)
+    said = printed(judged_of(tmp_path / "supported"), "smoke", 0.05, 0.008)
     assert "hash_methods: hash_next_token - hash_balanced < -0.08\n" in said
 
 
@@ -452,7 +453,7 @@ def test_rates_decide_only_if_they_were_measured_in_one_way(trained, tmp_path):
     estimate: Any = found.parts[0].estimate
     assert found.verdict == "supported" and estimate.dof == SEEDS - 1
     assert estimate.error == pytest.approx(0.001 * (2 / SEEDS) ** 0.5, rel=0.6)
-    said = " ".join(printed([found], "smoke", 0.05).split())
+    said = " ".join(printed([found], "smoke", 0.05, 0.008).split())
     assert "whatever else the machine did" in said and "1.10" in said and " times, n = 4; p for < 0.0001" in said
     changes = {"device": "another", "command": ["run.py", "sweeps=modules"]}
     for key, value in changes.items():
@@ -590,7 +591,7 @@ def test_n_is_that_of_the_arm_with_fewest_runs():
 
 
 def test_nothing_is_printed_twice_where_nothing_was_run():
-    said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05)
+    said = printed(judge(CLAIMS, lambda sweep: pd.DataFrame()), "smoke", 0.05, 0.008)
     assert said.count("C4 ") == 1 and said.count("not run") == 13
     for claim in CLAIMS["claims"].values():
         assert " ".join(said.split()).count(claim["says"].split(";")[0]) == 1
@@ -604,7 +605,7 @@ def test_runs_that_do_not_count_are_named(trained, tmp_path):
     (lost / "result.json").unlink()
     found = judged_of(tmp_path)
     assert found[8].verdict == "supported" and found[8].parts[0].left_out == (f"{lost.name} (stopped)",)
-    assert f"    not counted: {lost.name} (stopped)\n" in printed(found, "smoke", 0.05)
+    assert f"    not counted: {lost.name} (stopped)\n" in printed(found, "smoke", 0.05, 0.008)
 
 
 def test_run_folders_come_before_committed_results_and_those_of_another_scale_after(trained, tmp_path):
