@@ -153,7 +153,7 @@ def _scatter(part: Part, model: AdditiveModel, noisy: set[Hashable], named: list
     own = set(model.arms) == set(named)
     arms = f"{'its own' if own else 'all'} {len(model.arms)} arms"
     arms += f" but {', '.join(sorted(map(str, model.apart)))}, set apart," if model.apart else ""
-    return f"by the residual of {arms} on {model.dof} degrees of freedom"
+    return f"by the residual of {arms} on {model.dof} degree{'s' * (model.dof != 1)} of freedom"
 
 
 def _finished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -109,7 +109,9 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     chosen = next((row for row in rows if row["chosen"] == "True"), None)
     if not rows:
         return f"{arm}: not tuned"
-    tried = f"{len(rows)} trials on the validation split, seeds {', '.join(sorted({row['seed'] for row in rows}))}"
+    seeds = sorted({row["seed"] for row in rows})
+    tried = f"{len(rows)} trial{'s' * (len(rows) != 1)} on the validation split, "
+    tried += f"seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}"
     if chosen is None:
         return f"{arm}: {tried}, nothing chosen yet"
     knob = f", {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""

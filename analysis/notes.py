@@ -58,12 +58,12 @@ def header(runs: pd.DataFrame) -> str:
     stopped = bool((counted["tokens"] < counted["token_budget"]).any())
     amount = f"at most {several(budgets)} tokens" if stopped else f"{several(budgets)} tokens"
     amount += "" if stopped else f" in {' to '.join(f'{step:,.0f}' for step in {steps[0]: 0, steps[-1]: 0})} steps"
-    seeds = ", ".join(str(seed) for seed in sorted(counted["seed"].unique()))
+    seeds = [str(seed) for seed in sorted(counted["seed"].unique())]
     devices = " and ".join(counted["device"].unique())
     return "\n".join(
         [
             f"{first['sweep']} at scale {first['scale']}: {first['corpus']}",
-            f"trained on {amount}, seeds {seeds}, on {devices}",
+            f"trained on {amount}, seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}, on {devices}",
         ]
     )
 
@@ -155,7 +155,8 @@ def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: d
     lines = []
     if model.dof and frame["difference_low"].notna().to_numpy().any():
         pooled = float(model.variance) ** 0.5
-        lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {model.dof} degrees of freedom;")
+        dof = f"{model.dof} degree{'s' * (model.dof != 1)} of freedom"
+        lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {dof};")
         lines.append("  by arm beside it, with each arm's variance over that of the others")
         for arm in sorted(model.apart, key=model.arms.index):
             lines.append(f"  {arms[str(arm)].label}, whose variance is another (p < {DOUBT:g}), has no part in it")

@@ -46,8 +46,9 @@ def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
     rows = pd.read_csv(folder / "ledger.csv", dtype={"run": str})
     table = best_trials(rows, style)
     table.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
-    seeds = ", ".join(str(seed) for seed in sorted(rows["seed"].unique()))
-    head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, seed {seeds}"
+    seeds = [str(seed) for seed in sorted(rows["seed"].unique())]
+    head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, "
+    head += f"seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}"
     lines = "validation loss: nats per token, of the best trial so far and of the one with nothing changed"
     apart = rows.loc[~rows["outcome"].isin(["finished", "diverged"])]
     lines += "\ntrials that count for nothing, and keep their arm open:" if len(apart) else ""

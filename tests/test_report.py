@@ -162,6 +162,14 @@ def test_an_arm_that_collapsed_is_a_number_at_the_axis_end_and_presses_no_other_
         assert high - low < 0.2
 
 
+def test_one_seed_and_one_degree_of_freedom_are_said_in_the_singular(tmp_path):
+    cells = [("dense", 0, 5.3), ("dense", 1, 5.31), ("hash_balanced", 0, 5.2), ("hash_balanced", 1, 5.22)]
+    for seeds, said in ((1, "steps, seed 0, on"), (2, "pooled on 1 degree of freedom;")):
+        runs = tmp_path / str(seeds)
+        write_sweep(runs, [write_run(runs, *cell) for cell in cells if cell[1] < seeds], "routers")
+        assert said in report("routers", runs, tmp_path / "results")
+
+
 def test_where_all_are_tested_alone_none_is_far_off(tmp_path, monkeypatch):
     drawn: dict = {}
     monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(axes=figure.axes))

@@ -399,7 +399,7 @@ def test_a_noise_floor_and_a_ledger_are_found_beside_the_runs(runs, tmp_path):
     )
     printed = report("modules", runs, tmp_path / "results")
     assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
-    assert "dense: 1 trials on the validation split, seeds 100, nothing chosen yet" in printed
+    assert "dense: 1 trial on the validation split, seed 100, nothing chosen yet" in printed
     assert "switch_16: not tuned" in printed
 
 

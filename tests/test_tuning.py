@@ -108,11 +108,11 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
     assert [row["val_ce"] for row in rows if row["arm"] == "dense"][2] == "inf"  # diverged, and counted as tried
     runs = [{"train.lr": rate, "router.load_balance_coef": 0.1} for rate in (0.002, 0.002, 0.001)]
     arms = {"dense_1x": runs[:1], "dense": runs[1:2], "switch_64": runs, "base": []}
-    tried = "dense: train.lr=0.002 is the best of 3 trials on the validation split, seeds 100"
+    tried = "dense: train.lr=0.002 is the best of 3 trials on the validation split, seed 100"
     tried += " (validation 2.900000 nats)"
     assert ledger.notes(tmp_path / "results", "smoke", arms) == [
         f"{tried}, used",
-        "switch: 6 trials on the validation split, seeds 100, nothing chosen yet",
+        "switch: 6 trials on the validation split, seed 100, nothing chosen yet",
         "base: not tuned",
     ]
     for dense, said in ((runs, "NOT used here by 1 of 3 runs"), ([{}], "of these runs not known")):
