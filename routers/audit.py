@@ -50,7 +50,7 @@ def card(
         f"text: {' and '.join(texts)} (data {fingerprint[:12]})",
     ]
     blocks = ["\n".join(head), loads(parts, seen)]
-    if every_expert or max(part.sizes[0] for part in parts.values()) <= 64:
+    if every_expert:
         blocks.append(all_loads(parts, seen))
     return "\n\n".join([*blocks, collisions(parts, seen["training"]), common(parts, seen["training"])])
 

@@ -198,6 +198,7 @@ def test_the_card_says_loads_and_bounds_of_each_text():
     assert by_text["validation"][2:] == ["83.33 % (#1)", "0.00 % (#3)", "1", "0.408", "3.33", "3.00"]
     every = figures(said, "LOAD OF EVERY EXPERT")
     assert every[0] == ["#0", "50.00 %", "8.33 %"] and len(every) == 4
+    assert "LOAD OF EVERY EXPERT" not in card_of("mine", text(train, validation), {1: router}, False)
     assert "needs two of them" in said
 
 
