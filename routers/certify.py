@@ -54,7 +54,6 @@ CHECKS: dict[str, Check] = LEAK_CHECKS | {
     "scores in float32": scores.scores_are_wide,
 }
 
-
 OF_CHOICE = (*LEAK_CHECKS, "training and evaluation alike", "state of training counts", "evens a drifting stream")
 OF_CHOICE += ("learns where it should",)
 
@@ -139,8 +138,9 @@ def main(words: list[str]) -> int:
     for name, finding, _ in findings(case, CHECKS if quick else CHECKS | {"leak alarm": leak_alarm}):
         seen.append(finding.status)
         print(f"{name:<36}{finding.status:<25}{finding.text}", flush=True)
-    failed, confirmed = seen.count(FAILED), seen.count(CONFIRMED)
-    verdict = f"FAILED: {failed} of {len(seen)} checks" if failed else f"passed {len(seen)} checks"
+    failed, confirmed, idle = (seen.count(status) for status in (FAILED, CONFIRMED, NOT_APPLICABLE))
+    made = f"{len(seen) - idle} checks" + (f", {idle} not applicable" if idle else "")
+    verdict = f"FAILED: {failed} of {made}" if failed else f"passed {made}"
     verdict += f", {confirmed} declared leaks confirmed" if confirmed else ""
     print(f"\n{verdict}; {time.perf_counter() - began:.0f} s")
     return 1 if failed else 0

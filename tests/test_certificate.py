@@ -11,7 +11,7 @@ from data.markov import Markov
 from data.prepare import prepare
 from data.randomness import generator, uniform
 from data.tokenizer import END, BytePairs
-from routers.certificate import state
+from routers.certificate import balance, state
 from routers.certificate.alarm import leak_alarm
 from routers.certificate.findings import CONFIRMED, FAILED
 from routers.certificate.trial import Case
@@ -577,7 +577,11 @@ def test_the_yaml_of_the_language_composes():
 def test_the_command_prints_a_card_and_says_by_its_status_how_it_went(capsys, monkeypatch):
     monkeypatch.setattr("routers.certify.CHECKS", {"survives a checkpoint": state.survives_checkpoint})
     assert main(["router=hash_random", "--quick"]) == 0
-    assert "passed 1 checks" in capsys.readouterr().out
+    assert "passed 1 checks;" in capsys.readouterr().out
+    checks = {"evens a drifting stream": balance.evens_a_drifting_stream}
+    monkeypatch.setattr("routers.certify.CHECKS", checks | {"survives a checkpoint": state.survives_checkpoint})
+    assert main(["router=hash_random", "--quick"]) == 0
+    assert "passed 1 checks, 1 not applicable;" in capsys.readouterr().out
     monkeypatch.setattr("routers.certify.CHECKS", {"broken": lambda case: 1 / 0})
     assert main(["router=hash_random", "--quick"]) == 1
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
