@@ -82,6 +82,7 @@ BAD = [
     ("model.num_positions=64", "model.num_positions must be at least 1 with model.positions=learned, and null"),
     ("data.source_length=16", "data.source_length must be null for a decoder-only model"),
     ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
+    ("+data.folder=/nowhere", "data.folder must be a folder that is there; got /nowhere"),
     ("data.packing=tight", "data.packing must be one of stream, documents; got tight"),
     ("data.vocab_size=20", "data.vocab_size must be at least 258, for 256 bytes and 2 special ids; got 20"),
     ("tokenizer.file=/nowhere", "tokenizer.file=/nowhere: /nowhere is no dictionary that can be read"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from os.path import expanduser, isdir
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +46,7 @@ def one_of(*known: str) -> Rule:
 
 
 Count = Annotated[int, within(1)]
+FOLDER: Rule = "a folder that is there", lambda path: isdir(expanduser(path))
 
 
 @dataclass
@@ -56,7 +58,7 @@ class DataSettings:
     mask_documents: bool
     cache: str
     source_length: Annotated[int | None, within(1)]
-    folder: str | None = None  # of the yamls whose corpus names its files by it
+    folder: Annotated[str | None, FOLDER] = None  # of the yamls whose corpus names its files by it
 
 
 @dataclass
