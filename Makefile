@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+$(if $(filter finetune,$(MAKECMDGOALS)),$(if $(DIALOGUES),,$(error make finetune needs DIALOGUES=PATH, a folder of dialogues)))
+
 .PHONY: quickstart routers finetune test lint check format
 
 quickstart: .venv/installed

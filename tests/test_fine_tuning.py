@@ -1,11 +1,12 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
 import yaml
-from conftest import compose_config
+from conftest import ROOT, compose_config
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from test_config import run_py
@@ -216,6 +217,17 @@ def test_fine_tuning_on_dialogues_lowers_the_perplexity_of_responses(name, dialo
         assert not key.endswith(".table") or torch.equal(value, weights_of(folder)[key])
     shutil.rmtree(first)
     assert load_run(folder).settings.train.init_from is None  # a loaded run needs its start no more
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_finetune_asks_for_the_dialogues_and_no_other_target_does():
+    for words, status, said in (
+        ("finetune", 2, "needs DIALOGUES=PATH"),
+        ("test", 0, ""),
+        ("finetune DIALOGUES=here", 0, ""),
+    ):
+        done = subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and said in done.stderr and len(done.stderr.splitlines()) == bool(said)
 
 
 def test_a_sweep_makes_the_run_that_a_later_job_starts_from(tiny, tmp_path):
