@@ -67,10 +67,10 @@ def case_of(settings: DictConfig) -> Case:
     check_targets(config, "", (*PACKAGES, *config["extra_packages"]))
     if config["router"].get("_target_") is None:
         raise ValueError("router must be one that routes; got router._target_=null, plain FFNs without a router")
-    found, options = target({key: value for key, value in config["router"].items() if key != "baseline"}, skip=1)
+    found, options = target({key: value for key, value in config["router"].items() if key != "baseline"}, 1, "router")
     if not issubclass(found, Router):
         raise ValueError(f"router._target_ must be a class of routers.routing.Router; got {found.__name__}")
-    experts, more = target({key: value for key, value in config["experts"].items() if key != "num_shared"}, skip=4)
+    experts, more = target({key: v for key, v in config["experts"].items() if key != "num_shared"}, 4, "experts")
     wanted, in_file = config["num_experts"], names_a_file(config["router"])
     of_config = tuple(sorted(config["model"]["sparse_layers"]))
     sparse_layers = of_config if in_file else tuple(range(max(4, len(of_config))))

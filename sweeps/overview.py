@@ -84,7 +84,7 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
     names = names or sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
     first = standing_of(names[0], words)
     if first.wrong and not first.runs:  # by a wrong word, which no other sweep would take either
-        raise ValueError(first.wrong[0])
+        raise ValueError(first.wrong[0].removeprefix(f"{first.name}: "))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:

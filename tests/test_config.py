@@ -73,7 +73,10 @@ BAD = [
     ("data.corpus._target_=torch.load", "data.corpus._target_"),
     ("experts._target_=models.dispatch.grouped", "must name a class"),
     ("router._target_=routers.none.None", "does not exist"),
-    ("router.load_balance_coef=much", "load_balance_coef"),
+    (
+        "router.load_balance_coef=much",
+        "router.load_balance_coef: Value 'much' of type 'str' could not be converted to Float",
+    ),
     ("~router.jitter", "needs the option jitter"),
     ("router._target_=routers.routing.Site", "routers.routing.Site"),
     ("model.encoder_layers=-1", "model.encoder_layers must be at least 0; got -1"),
@@ -113,12 +116,15 @@ FATAL = [
     (["train.rate=1"], "there is no setting train.rate; there are steps, "),
     (["router=swich"], "router=swich is not there; did you mean router=switch?"),
     (["wandbb=offline"], "did you mean wandb?"),
-    (["-m", "sweeps=nothing"], "sweeps/nothing"),
+    (["-m", "sweeps=nothing"], "sweeps=nothing is not there; there are base_comparison, "),
+    (["scale=huge"], "scale=huge is not there; there are medium, paper, small, smoke"),
+    (["scale=smal"], "scale=smal is not there; did you mean scale=small?"),
     (["sweeps=main"], "needs -m: python run.py -m sweeps=main"),
     (["-m", "router=dense,switch", "train.lr=abc"], "train.lr"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),
     (["data.sequence_length=100000"], "fewer than one window"),
     (["runs=/dev/null/runs"], "cannot write"),
+    (["tuned=/none.csv"], "error: tuned=/none.csv is no ledger that can be read: No such file or directory\n"),
 ]
 
 

@@ -248,6 +248,11 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
     assert ["all,", "shared", "runs", "once", "7", "0", "0", "1", "6"] in [line[:9] for line in lines]
 
 
+def test_the_overview_blames_no_sweep_for_a_word_that_none_takes():
+    with pytest.raises(ValueError, match="^scale=tiny is not there; there are medium, paper, small, smoke$"):
+        overview(["scale=tiny"])
+
+
 FEW = [
     "train.steps=4",
     "train.warmup_steps=1",

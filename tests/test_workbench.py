@@ -323,7 +323,7 @@ def test_a_table_file_is_audited_like_any_other(tiny, tmp_path, capsys):
 BAD = [
     ("audit router=dense", "router=dense has no table"),
     ("audit router=switch", "router=switch has no table in a sparse layer"),
-    ("audit router=nonesuch", "router/nonesuch"),
+    ("audit router=nonesuch", "router=nonesuch is not there; there are base, "),
     ("audit router=hash_random --layer 0", "--layer must be one of model.sparse_layers = [1]; got 0"),
     ("audit router=hash_random --out x", "audit prints and takes no --out"),
     ("audit router=hash_random num_experts=301", "num_experts must be at most the dictionary's 300; got 301"),

@@ -39,7 +39,7 @@ def make_router(
 
     training_text: None only to check options; baseline: see Site; length: of the sequences it sees, None as the data's.
     """
-    router, options = target({key: value for key, value in settings.router.items() if key != "baseline"}, skip=1)
+    router, options = target({key: value for key, value in settings.router.items() if key != "baseline"}, 1, "router")
     if not issubclass(router, Router):
         path = settings.router["_target_"]
         raise ValueError(f"router._target_ must be a class of routers.routing.Router; got {path}")
@@ -242,7 +242,7 @@ def _open_data(corpus_node: str, tokenizer_node: str, cache: str, build: bool) -
 
 def make_dictionary(node: dict[str, Any]) -> Dictionary:
     """What the group `tokenizer` describes. Raises ValueError for options or a file that cannot be."""
-    dictionary, options = target(node)
+    dictionary, options = target(node, place="tokenizer")
     if not all(hasattr(dictionary, method) for method in ("digest", "size", "make")):
         raise ValueError(f"tokenizer._target_ must be a class with digest, size and make; got {node['_target_']}")
     return dictionary(**options)

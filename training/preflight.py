@@ -39,9 +39,9 @@ def read(config: DictConfig | dict[str, Any], planned: Sequence[Settings] = ()) 
         raise ValueError("device=cuda, but torch sees no GPU")
     settings.model.scaled().check()
     _check_encoder(settings)
-    target(settings.data.corpus)
+    target(settings.data.corpus, place="data.corpus")
     experts = {key: value for key, value in settings.experts.items() if key != "num_shared"}
-    target(experts | ({"biases": True} if settings.model.biases else {}), skip=4)
+    target(experts | ({"biases": True} if settings.model.biases else {}), skip=4, place="experts")
     shared = settings.experts.get("num_shared")
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")

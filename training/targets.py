@@ -9,6 +9,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,11 +17,12 @@ PACKAGES = ("routers", "models", "data")
 SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | None)]
 
 
-def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
+def target(node: dict[str, Any], skip: int = 0, place: str = "") -> tuple[type, dict[str, Any]]:
     """The class that node's _target_ names and node's other keys, typed by the class's own annotations.
 
-    skip: how many of its first parameters come from the caller, and cannot come from node. A key that is a node with a
-    _target_ of its own becomes that class with its options given, as a function of the same first parameters.
+    skip: how many of its first parameters come from the caller, and cannot come from node. place: the key of the config
+    that node stands at. A key that is a node with a _target_ of its own becomes that class with its options given, as a
+    function of the same first parameters.
     Raises ValueError for a class that does not exist and for keys or types that its constructor does not take.
     """
     path, given = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
@@ -44,22 +46,22 @@ def target(node: dict[str, Any], skip: int = 0) -> tuple[type, dict[str, Any]]:
     try:
         options = OmegaConf.to_container(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise ValueError(f"{place or path}.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(options, dict)
     for key, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {key} must be finite; got {value}")
-    return found, {str(key): _with_classes(value, skip) for key, value in options.items()}
+            raise ValueError(f"{place or path}.{key} must be finite; got {value}")
+    return found, {str(key): _with_classes(value, skip, f"{place or path}.{key}") for key, value in options.items()}
 
 
-def _with_classes(value: Any, skip: int) -> Any:
+def _with_classes(value: Any, skip: int, place: str) -> Any:
     """Nodes with a _target_ as functions, however deep in dictionaries."""
     if not isinstance(value, dict):
         return value
     if "_target_" in value:
-        inner, options = target(value, skip)
+        inner, options = target(value, skip, place)
         return functools.partial(inner, **options)
-    return {key: _with_classes(each, skip) for key, each in value.items()}
+    return {key: _with_classes(each, skip, f"{place}.{key}") for key, each in value.items()}
 
 
 def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
@@ -76,10 +78,12 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it."""
+    """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it. Others say all themselves,
+    whatever caused them."""
     if said := _unknown(error):
         return said
-    text = f"{error}\n{error.__cause__ or ''}".split("Config search path:")[0]
+    theirs = isinstance(error, HydraException | OmegaConfBaseException)
+    text = f"{error}\n{(theirs and error.__cause__) or ''}".split("Config search path:")[0]
     lines: list[str] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         if not any(line in earlier for earlier in lines):  # the cause often says the same again
@@ -95,8 +99,8 @@ def one_line(error: Exception) -> str:
 
 
 def _unknown(error: Exception) -> str:
-    """Of a setting or an option that is not there the one that is most like it, or all settings beside it. "" for what
-    is another error, or like no option."""
+    """Of a setting or an option that is not there the one that is most like it, or all beside it. "" for what is
+    another error."""
     parent, key = getattr(error.__cause__, "parent_node", None), str(getattr(error.__cause__, "full_key", ""))
     if str(error).startswith("Could not override") and isinstance(parent, DictConfig):
         place, dot, name = key.rpartition(".")
@@ -105,5 +109,9 @@ def _unknown(error: Exception) -> str:
         how = f"did you mean {place}{dot}{near[0]}?" if near else f"there are {', '.join(known)}"
         return f"there is no setting {key}; {how}"
     option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
-    near = get_close_matches(option[2], re.findall(r"^\t(\S+)$", str(error), re.MULTILINE), 1) if option else []
-    return f"{option[1]}={option[2]} is not there; did you mean {option[1]}={near[0]}?" if option and near else ""
+    known = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)
+    if option is None or f"options in '{option[1]}'" not in str(error):  # of a folder in a group Hydra lists the group
+        return ""
+    near = get_close_matches(option[2], known, 1)
+    how = f"did you mean {option[1]}={near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"{option[1]}={option[2]} is not there; {how}"
