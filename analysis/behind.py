@@ -128,6 +128,8 @@ def write(runs: pd.DataFrame, path: Path) -> None:
 
 def read(path: Path) -> pd.DataFrame:
     """What write wrote. ValueError if it is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no runs.csv of a report: there is no such file")
     columns = pd.read_csv(path, nrows=0).columns
     if missing := {"sweep", "scale", "id", "arm", "seed", "outcome", "test/ce"} - set(columns):
         raise ValueError(f"{path} is no runs.csv of a report: it has no column {sorted(missing)[0]}")

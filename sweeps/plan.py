@@ -114,8 +114,8 @@ class Plan:
     def require_valid(self) -> None:
         """ValueError with the first job's error."""
         if errors := self.errors():
-            more = f" (and {len(errors) - 1} more jobs; dry_run=true names all)" if len(errors) > 1 else ""
-            raise ValueError(errors[0] + more)
+            more = f" (and {len(errors) - 1} more of the grid's {len(self.jobs)} jobs; dry_run=true names all)"
+            raise ValueError(errors[0] + more * (len(errors) > 1))
 
 
 def errors(planned: Sequence[Planned]) -> list[str]:
@@ -123,7 +123,8 @@ def errors(planned: Sequence[Planned]) -> list[str]:
     common = set.intersection(*(set(job.words) for job in planned)) if len(planned) > 1 else set()
     lines = []
     for job in [job for job in planned if job.error]:
-        apart = [*(word for word in filter_overrides(job.words) if word not in common)]
+        own = (word for word in filter_overrides(job.words) if word not in common)
+        apart = [word for word in own if not job.error.startswith(f"{word} ")]  # what the error says itself
         apart += [f"trial={job.place}"] if job.place else []
         lines.append(": ".join(filter(None, [" ".join(apart), job.error])))
     return lines

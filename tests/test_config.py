@@ -120,7 +120,11 @@ FATAL = [
     (["scale=huge"], "scale=huge is not there; there are medium, paper, small, smoke"),
     (["scale=smal"], "scale=smal is not there; did you mean scale=small?"),
     (["sweeps=main"], "needs -m: python run.py -m sweeps=main"),
-    (["-m", "router=dense,switch", "train.lr=abc"], "train.lr"),
+    (
+        ["-m", "router=dense,switch", "train.lr=abc"],
+        "Float (and 1 more of the grid's 2 jobs; dry_run=true names all)\n",
+    ),
+    (["-m", "router=dense,swich"], "error: router=swich is not there; did you mean router=switch?\n"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),
     (["data.sequence_length=100000"], "fewer than one window"),
     (["runs=/dev/null/runs"], "cannot write"),

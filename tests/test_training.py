@@ -20,6 +20,7 @@ from training.job import DIVERGED, FAILED, FINISHED, INTERRUPTED, open_run, run
 from training.loop import Progress, Trainer
 from training.optimizer import learning_rate, make_optimizer, step
 from training.preflight import read
+from training.sample import main as sample_main
 from training.sample import sample
 
 CPU = torch.device("cpu")
@@ -448,6 +449,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_a_silent_start(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.latest(tmp_path, warn=lambda _: None)
     assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_to_sample_from_no_run_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        sample_main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is no run folder: it has no config.yaml\n"
 
 
 def test_load_run_gives_the_model_back_and_it_samples(tiny):

@@ -64,7 +64,8 @@ def main() -> None:
         run = load_run(options.run)
         print(sample(run, options.prompt, options.tokens, options.temperature, options.seed))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
