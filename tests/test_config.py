@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, compose_config
 
 from training.identity import digest_of
@@ -170,6 +172,22 @@ def test_the_id_is_of_what_can_change_the_result(tiny):
 
 def test_every_scale_is_tested():
     assert {path.stem for path in (ROOT / "conf" / "scale").glob("*.yaml")} == NUM_EXPERTS.keys()
+
+
+def test_of_several_baselines_the_one_of_this_text_is_meant(tmp_path):
+    texts = {"0": ["data=markov"], "1": ["data=markov", "tokenizer=bytes"], "2": ["data=markov", "data.corpus.seed=7"]}
+    for name, words in texts.items():
+        weights = tmp_path / f"dense-s0-{name}" / "checkpoints" / "1" / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        (tmp_path / f"dense-s0-{name}" / "result.json").touch()
+        settings = asdict(read(compose_config(*words, f"runs={tmp_path}")))
+        (tmp_path / f"dense-s0-{name}" / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name, words in texts.items():
+        settings = read(compose_config(*words, "router=hash_clustered", f"runs={tmp_path}"))
+        assert settings.router["baseline"] == f"{tmp_path}/dense-s0-{name}"
+    with pytest.raises(ValueError, match="it fits several: name one; found dense-s0-0, dense-s0-1, dense-s0-2"):
+        read(compose_config("data=markov", "data.corpus.seed=8", "router=hash_clustered", f"runs={tmp_path}"))
 
 
 def test_a_baseline_is_named_by_a_glob_that_fits_one_run(runs, tmp_path):

@@ -142,6 +142,17 @@ def test_the_id_covers_the_start_and_with_patience_how_often_is_validated(tiny, 
     assert folder_of(*tiny, "train.update=sparse") != plain
 
 
+def test_a_glob_of_starts_means_no_run_that_such_a_start_has_made(tiny, tmp_path):
+    assert run(compose_config(*tiny, "train.steps=2")) == FINISHED
+    words = [*tiny, "train.steps=3", f"train.init_from={tmp_path}/runs/dense-s0-*"]
+    assert run(compose_config(*words)) == FINISHED
+    folder = folder_of(*words)
+    assert (folder / "result.json").exists() and len(list((tmp_path / "runs").glob("dense-s0-*"))) == 2
+    assert run(compose_config(*tiny, "train.steps=4")) == FINISHED
+    with pytest.raises(ValueError, match="it fits several: name one; found dense-s0-[0-9a-f]*, dense-s0-[0-9a-f]*$"):
+        read(compose_config(*words))
+
+
 ANOTHER = [
     (["router=switch"], "router._target_"),
     (["router=hash_random"], "router.table must be that of train.init_from="),

@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,10 +25,13 @@ OF_THE_DATA = ("sequence_length", "source_length")  # what tables and learned po
 MAY_DIFFER = ("dispatch", "baseline")  # how the same is computed, and what the tables were drawn from
 
 
-def find_run(key: str, pattern: str, remedy: str) -> Path:
-    """The one finished run with weights that the folder or glob names. ValueError if there is none, or are several."""
+def find_run(key: str, pattern: str, remedy: str, meant: Callable[[dict[str, Any]], bool]) -> Path:
+    """The one finished run with weights that the folder or glob names; of several the one whose settings may be meant.
+    ValueError if there is none, or are several."""
     found = [Path(folder) for folder in glob.glob(absolute(pattern))]
     kept = [run for run in found if is_finished(run) and has_weights(run)]
+    if len(kept) > 1:
+        kept = [run for run in kept if meant(config_of(run))] or kept
     if len(kept) > 1:
         remedy = "it fits several: name one"
     if len(kept) != 1:
@@ -72,7 +75,12 @@ def find_baseline(settings: Settings, planned: Sequence[Settings]) -> dict[str, 
     remedy = (
         f"python run.py router={made_by} makes one, with record.keep_weights=true and the same seed, data and scale"
     )
-    folder = find_run("router.baseline", pattern, remedy)
+
+    def of_this_text(run: dict[str, Any]) -> bool:
+        same = (run.get("data", {}).get("corpus"), run.get("tokenizer")) == (settings.data.corpus, settings.tokenizer)
+        return same or settings.train.init_from is not None  # then it need only have this dictionary
+
+    folder = find_run("router.baseline", pattern, remedy, of_this_text)
     settings.router["baseline"] = str(folder)
     return config_of(folder)
 
@@ -90,7 +98,11 @@ def check_start(settings: Settings, planned: Sequence[Settings]) -> None:
         require_same_model(settings, asdict(maker), pattern)
         return
     remedy = "python run.py with record.keep_weights=true makes one"
-    folder = find_run("train.init_from", pattern, remedy)
+
+    def begins(run: dict[str, Any]) -> bool:  # no run that such a start has made, as this one will be
+        return not fnmatch(run.get("train", {}).get("init_from") or "", absolute(pattern))
+
+    folder = find_run("train.init_from", pattern, remedy, begins)
     settings.train.init_from = str(folder)
     require_same_model(settings, config_of(folder), str(folder))
 
