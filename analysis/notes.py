@@ -14,7 +14,7 @@ from analysis.additive_model import DOUBT, settled
 from analysis.arms import described
 from analysis.behind import SETTING
 from analysis.published import ABSENT
-from analysis.summary import LEAKS, further_pairs, model_of
+from analysis.summary import LEAKS, further_pairs, model_of, sharing
 from analysis.tables import (
     ALONE,
     EQUIVALENT,
@@ -88,9 +88,11 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
         "  (what a GPU compiles at first counts, some seconds more or less a run: for speed see tokens per s)",
     ]
-    counted = runs.loc[runs["outcome"] == "finished", "run_command"].fillna("")
-    if shared := sum(counted.str.contains(r"jobs_per_gpu=(?:[2-9]|\d\d)")):
-        lines.insert(5, f"  {shared} of {len(counted)} runs shared their GPU with other jobs of a sweep")
+    counted = runs.loc[runs["outcome"] == "finished"]
+    if shared := int(sharing(counted).sum()):
+        lines.insert(
+            5, f"  {shared} of {len(counted)} runs shared their GPU with other jobs: no speed or seconds of theirs"
+        )
     if ((frame["reached"] > 0) & (frame["reached"] < frame["timed"])).to_numpy().any():
         lines.append("  (k of n): mean over the k runs that came to it")
     if frame["test_bits_per_byte"].notna().to_numpy().any():

@@ -37,10 +37,8 @@ UNKNOWN = (
 )
 WITHIN = {"active_parameters": "parameters/active", "total_parameters": "parameters/total"}
 WITHIN |= {"flops_per_token": "train_flops_per_token", "peak_memory_bytes": "peak_memory_bytes"}
-WITHIN |= {
-    key: key
-    for key in ("tokens_per_second", "train_seconds", "seconds_to_reference", "documents_low", "documents_high")
-}
+SPEEDS = ("tokens_per_second", "train_seconds")
+WITHIN |= {key: key for key in (*SPEEDS, "seconds_to_reference", "documents_low", "documents_high")}
 
 
 def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
@@ -126,12 +124,18 @@ def losses(runs: Any) -> dict[str, float]:
 
 
 def costs(runs: Any) -> dict[str, float]:
-    """Means; of the time to the reference's loss over the runs that came to it, how many those are, and of how many it
-    is known."""
-    row = {name: mean_of_all(runs, column) for name, column in WITHIN.items()}
-    waited = runs["seconds_to_reference"].astype(float)
+    """Means, of speeds over the runs that had their GPU to themselves; of the time to the reference's loss over those
+    of them that came to it, how many those are, and of how many it is known."""
+    alone = runs.loc[~sharing(runs)]
+    row = {name: mean_of_all(alone if name in SPEEDS else runs, column) for name, column in WITHIN.items()}
+    waited = alone["seconds_to_reference"].astype(float)
     reached = waited[np.isfinite(waited)]
     return row | {"seconds_to_reference": reached.mean(), "reached": len(reached), "timed": int(waited.notna().sum())}
+
+
+def sharing(runs: pd.DataFrame) -> Any:
+    """Which runs shared their GPU with other jobs of their sweep, so that their speed is not their own."""
+    return runs["run_command"].fillna("").astype(str).str.contains(r"jobs_per_gpu=(?:[2-9]|\d\d)")
 
 
 def mean_of_all(runs: Any, column: str) -> float:

@@ -121,8 +121,11 @@ def test_runs_that_shared_their_gpu_are_counted_under_the_speeds(whole, tmp_path
         said = json.loads((folder / "provenance.json").read_text())
         said["command"] = ["run.py", "-m", "sweeps=quickstart", f"hydra.launcher.jobs_per_gpu={jobs}"]
         (folder / "provenance.json").write_text(json.dumps(said))
+        result = json.loads((folder / "result.json").read_text()) | {"tokens_per_second": 1000.0 * jobs}
+        (folder / "result.json").write_text(json.dumps(result))
     printed = report("quickstart", whole, tmp_path / "results")
-    assert "benchmark\n  2 of 15 runs shared their GPU with other jobs of a sweep\n" in printed
+    assert "benchmark\n  2 of 15 runs shared their GPU with other jobs: no speed or seconds of theirs\n" in printed
+    assert table_of(tmp_path).loc["switch", "tokens_per_second"] == 1000
 
 
 @pytest.mark.parametrize(("wobble", "noisy"), [(0.006, False), (0.03, True)])

@@ -502,7 +502,7 @@ def test_every_declared_pair_is_of_arms_that_the_sweep_trains():
 def test_a_difference_of_means_is_marked_by_the_floor_of_means(trained, tmp_path):
     """0.0127 for two runs, half of that for means over four: 0.009 is above it, 0.003 is not."""
     plant(trained, tmp_path, "gate_by_routing", {"hash_balanced": 0, "switch": 0.009, "hash_switch_gate": 0.003})
-    runs = read_study("gate_by_routing", tmp_path).runs.assign(noise_floor=0.0127)
+    runs = read_study("gate_by_routing", tmp_path).runs.assign(noise_floor=0.0127, run_command="")
     for column in ("seconds_to_reference", "documents_low", "documents_high"):
         runs[column] = np.nan
     found = summary(runs, load("style"), declared("gate_by_routing")).set_index("arm")["below_floor"]
