@@ -78,3 +78,12 @@ def test_a_third_partys_router_is_trained_tabled_and_certified_from_a_folder_of_
     refused = subprocess.run(unknown, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "see extra_packages" in refused.stderr
+
+    source = tmp_path / "mine" / "modulo.py"
+    source.write_text(source.read_text().replace("tokens.id + self.shift", "7 * tokens.id + self.shift"))
+    for words in (["-m", "sweeps=quickstart", "router=dense,modulo", "seed=0"], ["router=modulo"]):
+        again = [sys.executable, str(ROOT / "run.py"), *words, *tiny, *own]
+        refused = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+        assert "mine/modulo.py has changed since" in refused.stderr

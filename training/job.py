@@ -25,11 +25,13 @@ from training.folder import held, is_finished, write_atomically
 from training.identity import digest_of
 from training.loop import Diverged, Interrupted, Trainer, stop_requests
 from training.preflight import check_routers, read
+from training.provenance import require_same_files
 from training.recorder import Recorder
 from training.run import Run
 from training.session import Session, open_session
 from training.settings import Settings
 from training.start import earlier, require_same_dictionary, require_same_positions, take_dictionary
+from training.targets import classes
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
@@ -40,7 +42,8 @@ def open_run(
     """Prepare the data if need be and name the folder. planned: the sweep's earlier jobs, one of which may make the run
     that this one starts from or reads. open_data: training.build.find_data prepares none.
 
-    Raises ValueError for unusable data, and for another dictionary than that of the run it starts from.
+    Raises ValueError for unusable data, for another dictionary than that of the run it starts from, and for a router
+    whose own file was edited after the run was begun.
     """
     if settings.train.init_from is not None:
         take_dictionary(settings, planned)
@@ -56,7 +59,9 @@ def open_run(
     if settings.train.epochs is not None:
         windows = settings.train.epochs * splits["train"].full
         settings.train.steps = max(1, math.ceil(windows / settings.train.batch_size))
-    return Run(settings, prepared, splits, _folder(settings, digest_of(settings, prepared.fingerprint), planned))
+    folder = _folder(settings, digest_of(settings, prepared.fingerprint), planned)
+    require_same_files(folder, classes(settings.router), settings.extra_packages)
+    return Run(settings, prepared, splits, folder)
 
 
 def _take_baseline(settings: Settings, prepared: Prepared, planned: Sequence[Run]) -> None:

@@ -1,9 +1,11 @@
 """Where a run's numbers come from: command, code, versions, device, data, model."""
 
 import hashlib
+import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "numpy", "hydra-core", "wandb", "tokenizers", "safetensors")
 
 
-def provenance(prepared: Prepared, model: Transformer, device: torch.device, precision: str) -> dict[str, Any]:
-    """What provenance.json holds."""
+def provenance(
+    prepared: Prepared, model: Transformer, device: torch.device, precision: str, packages: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What provenance.json holds. packages: of routers that stand outside this repository."""
+    new = new_files(packages)
     return {
         "command": sys.argv,
-        "git": GIT | {"own": own_files(model, GIT["new"])},
+        "git": GIT | {"new": new, "own": own_files(model, new)},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "device": device_name(device),
@@ -57,10 +62,34 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit or "unknown", "dirty": _digest(difference), "diff": difference or None, "new": new}
 
 
+def new_files(packages: Iterable[str] = ()) -> dict[str, str]:
+    """The files that no commit has and that a run might be of, name -> text: git_state's, and those of the packages, as
+    far as they are loaded."""
+    loaded = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+    own = {name: file for name, file in loaded.items() if name.partition(".")[0] in packages and file.endswith(".py")}
+    return GIT["new"] | {f"{name.replace('.', '/')}.py": Path(file).read_text() for name, file in own.items()}
+
+
+def written_in(classes: Iterable[type]) -> set[str]:
+    """The files of classes and of what they inherit from, as their modules name them."""
+    return {f"{base.__module__.replace('.', '/')}.py" for each in classes for base in each.__mro__}
+
+
 def own_files(model: torch.nn.Module, new: dict[str, str]) -> str | None:
     """A digest of the new files that parts of the model are written in; None if all are the commit's."""
-    named = {f"{base.__module__.replace('.', '/')}.py" for part in model.modules() for base in type(part).__mro__}
+    named = written_in(type(part) for part in model.modules())
     return _digest("".join(f"{name}\n{new[name]}" for name in sorted(named & new.keys())))
+
+
+def require_same_files(folder: Path, classes: Iterable[type], packages: Iterable[str]) -> None:
+    """ValueError if the folder's run was begun with another text of a new file that these classes are written in."""
+    if not (folder / "provenance.json").exists():
+        return
+    then, now = json.loads((folder / "provenance.json").read_text())["git"].get("new", {}), new_files(packages)
+    for name in sorted(written_in(classes) & then.keys() & now.keys()):
+        if then[name] != now[name]:
+            keep = "remove that folder to train it again, or keep it and name another one for runs="
+            raise ValueError(f"{name} has changed since {folder} was begun: {keep}")
 
 
 def _digest(text: str) -> str | None:

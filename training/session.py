@@ -162,6 +162,6 @@ def open_session(run: Run) -> Session:
     elif settings.train.init_from is not None:
         checkpoint.load_weights(Path(settings.train.init_from), model)
     freeze(model, settings.train.update)  # after loading, upon which a router may choose what it trains
-    origin = provenance(run.prepared, model, device, precision(settings, device))
+    origin = provenance(run.prepared, model, device, precision(settings, device), settings.extra_packages)
     origin["parameters"]["trained"] = sum(p.numel() for p in trained(model, settings.train.update).values())
     return Session(run, device, model, optimizer, make_losses(settings, model, device), progress, origin, **kept)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -52,6 +53,16 @@ def target(node: dict[str, Any], skip: int = 0, place: str = "") -> tuple[type, 
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{place or path}.{key} must be finite; got {value}")
     return found, {str(key): _with_classes(value, skip, f"{place or path}.{key}") for key, value in options.items()}
+
+
+def classes(node: Any) -> Iterator[type]:
+    """Of all _target_s in the node, however deep."""
+    if isinstance(node, dict):
+        if node.get("_target_") is not None:
+            module, _, name = node["_target_"].rpartition(".")
+            yield getattr(importlib.import_module(module), name)
+        for value in node.values():
+            yield from classes(value)
 
 
 def _with_classes(value: Any, skip: int, place: str) -> Any:
