@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.scores import KINDS, drawn, of_a_run
-from benchmarks.timing import Row, command, device_of, in_milliseconds, interleaved, parser, plot, report
+from benchmarks.timing import Row, command, device_of, folder_of, in_milliseconds, interleaved, parser, plot, report
 from routers.assignment import balanced_assignment
 from routers.fast_assignment import replayed_assignment
 
@@ -33,7 +33,7 @@ def main(words: list[str] | None = None) -> None:
         slowest: dict[tuple[str, int, int], Row] = {}
         for row in sorted(rows, key=lambda row: row["ms"]):
             slowest[row["solver"], row["E"], row["T"]] = row | {"which": f"{row['solver']}, {row['E']} experts"}
-        plot([slowest[key] for key in sorted(slowest)], "T", "ms", "which", args.out / "assignment.png")
+        plot([slowest[key] for key in sorted(slowest)], "T", "ms", "which", folder_of(args, device) / "assignment.png")
 
 
 def options(words: list[str] | None) -> Namespace:

@@ -39,6 +39,8 @@ def main(words: list[str] | None = None) -> None:
     device = device_of(args.device)
     size = args.size or ("1" if device.type == "cuda" else "tiny")
     curve = (TINY_CURVES if size == "tiny" else CURVES).get(args.curve, [None])
+    if device.type == "cpu" and size != "tiny":
+        print(f"--size {size} is a GPU's: without one it takes hours, and much memory; --size tiny seconds", flush=True)
     rows = []
     for value in curve:
         sizes = dict(zip("TDFE", SIZES[size])) | ({args.curve: value} if value else {})

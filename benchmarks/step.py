@@ -2,7 +2,7 @@
 
 tokens/s and its ratio to the first arm, the share of peak, host syncs and graph breaks of a step, how much longer it
 takes than one whose batch and plan lie ready, and of a solver the last step's gap. Blocks of --block steps of each arm,
-in turn. Overrides are run.py's;
+in turn, once its losses are seen to be those of the plain loop. Overrides are run.py's;
 --curve layers or length changes the number of sparse layers or the sequence length (at equal tokens a step) and draws
 tokens/s over the first arm's.
 """
@@ -12,6 +12,7 @@ import time
 import warnings
 from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch._dynamo.utils import counters
@@ -30,7 +31,10 @@ from benchmarks.timing import (
     with_overrides,
 )
 from data.mixed_batches import training_batches
+from models.feedforward import SparseFeedForward
+from training.build import make_losses
 from training.compose import composed
+from training.evaluation import evaluating
 from training.job import open_run
 from training.loop import Micro, Trainer
 from training.optimizer import learning_rate, step
@@ -53,6 +57,7 @@ class Arm:
         batches = training_batches(run.splits["train"], settings.train.batch_size, settings.seed)
         parts = session.model, session.losses, session.optimizer, batches, session.progress
         nothing = lambda *_: None  # noqa: E731
+        self.name = name
         self.trainer = Trainer(settings, *parts, nothing, nothing, nothing, [])
         self.flops, self.settings, self.device = session.model.train_flops_per_token(), settings, session.device
         self.path = session.model.path if session.model.routers else None
@@ -72,6 +77,24 @@ class Arm:
         step(trainer.optimizer, learning_rate(trainer.progress.step, options), ce, options.grad_clip)
         trainer.progress.step += 1
         trainer.after_step(routings)
+
+    def check(self) -> None:
+        """Raises RuntimeError unless the next batch's losses, computed as the arm computes them, are those of the plain
+        loop over experts without a compiler, in the same precision: within 2e-2, by norm."""
+        batch, plans = self.trainer.taken(self.upcoming.result())[0]
+        model = self.trainer.model
+        plainly = replace(self.settings, train=replace(self.settings.train, compile=False))
+        sparse = [part for part in model.modules() if isinstance(part, SparseFeedForward)]
+        with torch.no_grad(), evaluating(model, as_in_training=False):
+            ours = self.trainer.losses(batch, plans)[0]
+            for part in sparse:
+                part.path = "loop"
+            exact = make_losses(plainly, model, self.device)(batch, plans)[0]
+            for part in sparse:
+                part.path = model.path
+        apart = float((ours - exact).norm() / exact.norm())
+        if not apart <= 2e-2:
+            raise RuntimeError(f"router={self.name}: losses are {apart:.2g} off those of the loop, by norm")
 
     def seconds(self, steps: int, again: bool = False) -> float:
         """Of one step, over so many."""
@@ -154,6 +177,7 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
         for _ in range(3):
             arms[name].step()
         breaks[name] = sum(counters["graph_break"].values()) - before
+        arms[name].check()
     syncs, seconds = {name: arm.syncs() for name, arm in arms.items()}, {name: [] for name in arms}
     again = {name: [] for name in arms}
     for name in in_turn(arms, args.rounds):

@@ -39,7 +39,7 @@ def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentPar
         made.add_argument(
             "--rounds", type=count, default=20, help="times that each is measured, in turn with the others"
         )
-    made.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="where JSON and plots go")
+    made.add_argument("--out", type=Path, help="where JSON and plots go; default: results/speed, or results/speed/cpu")
     return made
 
 
@@ -85,6 +85,12 @@ def device_of(wanted: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
 
+def folder_of(args: argparse.Namespace, device: torch.device) -> Path:
+    """Where JSON and plots go: what a GPU gave is not written over by a machine without one."""
+    speed = ROOT / "results" / "speed"
+    return args.out or (speed if device.type == "cuda" else speed / "cpu")
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3, inner: int = 1
 ) -> dict[str, list[float]]:
@@ -128,7 +134,7 @@ def measured(run: Callable[[], object], device: torch.device, times: int = 1) ->
 
 def in_milliseconds(seconds: Sequence[float]) -> Row:
     """median, low and high quartile."""
-    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
     return {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
 
 
@@ -148,7 +154,7 @@ def saved_bytes(run: Callable[[], object], kept: Sequence[torch.Tensor]) -> int:
 
 
 def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.device, **more: Any) -> Path:
-    """Print the rows as a table, and write them to <out>/<name>.json with where they come from."""
+    """Print the rows as a table, and write them to <name>.json in folder_of, with where they come from."""
     print(tabulate(rows, headers="keys", floatfmt=".4g", missingval=""))
     options = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
@@ -164,8 +170,8 @@ def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.d
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{name}.json"
+    path = folder_of(args, device) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": origin, "rows": rows} | more, indent=1))
     print(f"written: {path}")
     return path
@@ -178,7 +184,7 @@ def report_curve(
     name = stem + (f"-over-{args.curve}" if args.curve else "")
     report(name, rows, args, device)
     if args.curve:
-        plot(rows, args.curve, y, label, args.out / f"{name}.png", level=1)
+        plot(rows, args.curve, y, label, folder_of(args, device) / f"{name}.png", level=1)
 
 
 def installed(library: str) -> str | None:

@@ -83,6 +83,18 @@ def test_steps_of_several_arms_are_timed_side_by_side(tiny, tmp_path):
     assert all(row["tokens/s"] > 0 and row["syncs"] is None for row in rows)
 
 
+def test_an_arm_whose_losses_are_not_the_loop_s_is_not_timed(tiny, tmp_path, monkeypatch):
+    made = step.make_losses
+
+    def off(*args):
+        losses = made(*args)
+        return lambda *given: (1.03 * losses(*given)[0],)
+
+    monkeypatch.setattr(step, "make_losses", off)
+    with pytest.raises(RuntimeError, match="router=hash_balanced: losses are 0.0"):
+        step.main(["--device=cpu", "--scale=smoke", "--arms=hash_balanced", f"--out={tmp_path}", *tiny[:-1]])
+
+
 def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
     words = ["--device=cpu", "--tokens", "200", "400", "--experts", "8", "--kinds", "gaussian", "--rounds=1"]
     assignment.main([*words, f"--out={tmp_path}"])
