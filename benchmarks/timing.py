@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from training.provenance import GIT, ROOT, device_name
 from training.targets import one_line
-from training.threads import wait_briefly
+from training.threads import start_again_to_wait_briefly
 
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "numpy", "scipy")
 AXES = {"T": "tokens", "E": "experts", "x dense": "time over dense", "layers": "sparse layers"}
@@ -69,8 +69,7 @@ def numbers(text: str) -> list[int]:
 
 def command(main: Callable[[], None]) -> None:
     """Run a benchmark from the command line: what is wrong with its input is one line and exit status 2."""
-    if wait_briefly():  # torch is imported already
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    start_again_to_wait_briefly()
     try:
         main()
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
