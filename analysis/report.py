@@ -136,6 +136,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.name.endswith(".csv"):
+            if Path(given.name).name != "runs.csv":
+                raise ValueError(f"{given.name} is no runs.csv of a report: that is its name")
             folder = Path(given.name).parent
             print(f"{write_tables(folder, load('style'))[0]}\n\n{tables_at(folder)}")
             return
