@@ -46,7 +46,7 @@ def test_what_cannot_be_compared_is_refused_before_any_training(finished, tmp_pa
         main([str(finished), f"--into={finished.parent}"])
     unfinished = shutil.copytree(finished, tmp_path / finished.name)
     (unfinished / "result.json").unlink()
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(ValueError, match="is no finished run"):
         main([str(unfinished), words[1]])
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"a text of other words, number {number * number}" for number in range(3000)))

@@ -36,9 +36,10 @@ ORIGIN = (
 
 def main(words: list[str] | None = None) -> int:
     args = options(words)
-    before, said = args.run.expanduser(), json.loads((args.run / "provenance.json").read_text())
+    before = args.run.expanduser()
     if not is_finished(before):
-        raise ValueError(f"{before} is not finished: there is nothing to compare with")
+        raise ValueError(f"{before} is no finished run: there is nothing to compare with")
+    said = json.loads((before / "provenance.json").read_text())
     config = config_of(before, args.overrides, args.into)
     opened = open_run(read(config))
     if opened.folder.resolve() == before.resolve():
