@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -95,6 +96,8 @@ def record(planned: Sequence[Planned]) -> None:
     content["started_from"] = sorted(folder.name for _, folder in named if str(folder) in starts)
     path = folder.parent / "sweeps" / f"{content['sweep']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not set(json.loads(path.read_text())["runs"]) <= set(runs):
+    before = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    if not set(before["runs"]) <= set(runs):
         print(f"{path} listed other runs and is written over; sweep=NAME gives this sweep a name of its own")
+        print(f"  what lists them again: {shlex.join(before['command'])}")
     write_atomically(path, json.dumps(content, indent=1))
