@@ -25,6 +25,11 @@ class Arm(NamedTuple):
         return float(found[0]) if found else float("nan")
 
 
+def plural(noun: str, number: int) -> str:
+    """For a label or a line: the noun, with an s unless there is one."""
+    return noun + "s" * (number != 1)
+
+
 def load(name: str) -> dict[str, Any]:
     """analysis/<name>.yaml."""
     return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())

@@ -12,7 +12,7 @@ from scipy.stats import studentized_range
 
 from analysis import claims
 from analysis.additive_model import CHANCE, AdditiveModel, by_seed, nested, noisy_arms, settled
-from analysis.arms import declared, described, load
+from analysis.arms import declared, described, load, plural
 from analysis.claims import CE, TIMES, Part, line
 from analysis.statistics import Estimate, mean_of
 from analysis.summary import model_of
@@ -153,7 +153,7 @@ def _scatter(part: Part, model: AdditiveModel, noisy: set[Hashable], named: list
     own = set(model.arms) == set(named)
     arms = f"{'its own' if own else 'all'} {len(model.arms)} arms"
     arms += f" but {', '.join(sorted(map(str, model.apart)))}, set apart," if model.apart else ""
-    return f"by the residual of {arms} on {model.dof} degree{'s' * (model.dof != 1)} of freedom"
+    return f"by the residual of {arms} on {model.dof} {plural('degree', model.dof)} of freedom"
 
 
 def _finished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from analysis.arms import plural
+
 COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
 COLUMNS += ("chosen", "at_edge", "outcome")
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
@@ -110,8 +112,8 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     if not rows:
         return f"{arm}: not tuned"
     seeds = sorted({row["seed"] for row in rows})
-    tried = f"{len(rows)} trial{'s' * (len(rows) != 1)} on the validation split, "
-    tried += f"seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}"
+    tried = f"{len(rows)} {plural('trial', len(rows))} on the validation split, "
+    tried += f"{plural('seed', len(seeds))} {', '.join(seeds)}"
     if chosen is None:
         return f"{arm}: {tried}, nothing chosen yet"
     knob = f", {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""

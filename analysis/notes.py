@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.additive_model import ALONE as VARIANCES
 from analysis.additive_model import DOUBT, settled
-from analysis.arms import described
+from analysis.arms import described, plural
 from analysis.behind import SETTING
 from analysis.published import ABSENT
 from analysis.summary import LEAKS, further_pairs, model_of, sharing
@@ -63,7 +63,7 @@ def header(runs: pd.DataFrame) -> str:
     return "\n".join(
         [
             f"{first['sweep']} at scale {first['scale']}: {first['corpus']}",
-            f"trained on {amount}, seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}, on {devices}",
+            f"trained on {amount}, {plural('seed', len(seeds))} {', '.join(seeds)}, on {devices}",
         ]
     )
 
@@ -90,9 +90,8 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     ]
     counted = runs.loc[runs["outcome"] == "finished"]
     if shared := int(sharing(counted).sum()):
-        lines.insert(
-            5, f"  {shared} of {len(counted)} runs shared their GPU with other jobs: no speed or seconds of theirs"
-        )
+        whose = f"  {shared} of {len(counted)} runs shared their GPU with other jobs"
+        lines.insert(5, f"{whose}: no speed or seconds of theirs")
     if ((frame["reached"] > 0) & (frame["reached"] < frame["timed"])).to_numpy().any():
         lines.append("  (k of n): mean over the k runs that came to it")
     if frame["test_bits_per_byte"].notna().to_numpy().any():
@@ -157,7 +156,7 @@ def of_statistics(runs: pd.DataFrame, frame: pd.DataFrame, style: dict, asked: d
     lines = []
     if model.dof and frame["difference_low"].notna().to_numpy().any():
         pooled = float(model.variance) ** 0.5
-        dof = f"{model.dof} degree{'s' * (model.dof != 1)} of freedom"
+        dof = f"{model.dof} {plural('degree', model.dof)} of freedom"
         lines.append(f"residual of the model arm + seed: {pooled:.4f} nats, pooled on {dof};")
         lines.append("  by arm beside it, with each arm's variance over that of the others")
         for arm in sorted(model.apart, key=model.arms.index):

@@ -12,7 +12,7 @@ from matplotlib.style import context
 from matplotlib.ticker import NullLocator
 
 from analysis import ledger
-from analysis.arms import described
+from analysis.arms import described, plural
 from analysis.figures import explain
 from analysis.layout import save
 from analysis.tables import in_latex, of_columns
@@ -48,7 +48,7 @@ def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
     table.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
     seeds = [str(seed) for seed in sorted(rows["seed"].unique())]
     head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, "
-    head += f"seed{'s' * (len(seeds) != 1)} {', '.join(seeds)}"
+    head += f"{plural('seed', len(seeds))} {', '.join(seeds)}"
     lines = "validation loss: nats per token, of the best trial so far and of the one with nothing changed"
     apart = rows.loc[~rows["outcome"].isin(["finished", "diverged"])]
     lines += "\ntrials that count for nothing, and keep their arm open:" if len(apart) else ""

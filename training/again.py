@@ -1,9 +1,9 @@
 """Train a finished run once more and compare: python -m training.again RUN [--into again] [OVERRIDES]
 
 From its config.yaml, into a folder of its own under --into. Overrides are keys of that file, for what lies elsewhere on
-this machine (data.cache=..., data.corpus.files=...). Says what differs in its origin, and how far the losses lie apart:
-exit status 1 if by more than --tolerance, which on one kind of GPU should be that of a run and its repeat (the noise
-floor that reports print); on a CPU with as many threads the same commit gives the same bits.
+this machine (data.cache=..., data.folder=... and the files of data.corpus). Says what differs in its origin, and how
+far the losses lie apart: exit status 1 if by more than --tolerance, which on one kind of GPU should be that of a run
+and its repeat (the noise floor that reports print); on a CPU with as many threads the same commit gives the same bits.
 """
 
 import argparse
@@ -24,14 +24,8 @@ from training.threads import start_again_to_wait_briefly
 
 TOLERANCE = 0.015  # nats: of pairs of a run and its repeat at scale=small on an H200, 95 % differ by less
 
-ORIGIN = (
-    "device",
-    "python",
-    "threads",
-    "precision",
-    "deterministic",
-    "dispatch",
-)  # of provenance.json, beside versions
+# Of provenance.json, beside the commit and the versions.
+ORIGIN = ("device", "python", "threads", "precision", "deterministic", "dispatch")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -85,15 +79,13 @@ def config_of(folder: Path, overrides: list[str], into: str) -> DictConfig:
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lines of what is another in two runs' origins, and may move bits."""
-    lines = [f"another commit: {then['git']['commit'][:10]} then, {now['git']['commit'][:10]} now"]
-    lines = lines if then["git"]["commit"] != now["git"]["commit"] else []
-    one, other = ({key: said.get(key) for key in ORIGIN} | said["versions"] for said in (then, now))
-    for key in dict.fromkeys([*one, *other]):
-        if one.get(key) != other.get(key):
-            lines.append(f"another {key}: {one.get(key)} then, {other.get(key)} now")
-    if now["git"]["dirty"]:
-        lines.append("the code is not its commit's")
-    return lines
+    one, other = (
+        {"commit": said["git"]["commit"][:10]} | {key: said.get(key) for key in ORIGIN} | said["versions"]
+        for said in (then, now)
+    )
+    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    lines = [f"another {key}: {one.get(key)} then, {other.get(key)} now" for key in keys]
+    return lines + ["the code is not its commit's"] * (now["git"]["dirty"] is not None)
 
 
 if __name__ == "__main__":
