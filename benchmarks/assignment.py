@@ -61,8 +61,9 @@ def one_kind(kind: str, scores: Tensor, args: Namespace, device: torch.device) -
         gaps["exact"] = balanced_assignment(scores[0]).gap
         solvers["exact"] = lambda: balanced_assignment(scores[0])
     seconds = interleaved(solvers, device, args.rounds, warm_up=1)
-    about = {"kind": kind, "T": tokens, "E": experts}
-    return [about | {"solver": name, "gap": gaps[name]} | in_milliseconds(each) for name, each in seconds.items()]
+    rows = [{"kind": kind, "T": tokens, "E": experts, "solver": name, "gap": gap} for name, gap in gaps.items()]
+    rows = [row | in_milliseconds(seconds[row["solver"]]) for row in rows]
+    return [row | ({"over exact": row["ms"] / rows[-1]["ms"]} if "exact" in gaps else {}) for row in rows]
 
 
 if __name__ == "__main__":

@@ -46,8 +46,11 @@ def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__, rounds=False)
     made.add_argument("--scale", help="default: small on a GPU, else smoke")
     made.add_argument("--arms", type=names, default=("dense", "hash_balanced", "switch", "base"))
-    made.add_argument("--seeds", type=count, default=3)
-    return with_overrides(made, words)
+    made.add_argument("--seeds", type=count, default=3, help="at least 2: the first job of a kind compiles")
+    args = with_overrides(made, words)
+    if args.seeds < 2:
+        made.error(f"--seeds must be at least 2, as the first job of a kind is apart; got {args.seeds}")
+    return args
 
 
 def alone(overrides: list[str], device: torch.device) -> bool:
@@ -71,7 +74,7 @@ def jobs_of(runs: Path, began: float, one_by_one: bool) -> list[Row]:
         row |= {"whole, s": whole, "not training, s": whole - training} if one_by_one else {}
         parts = {"compiling its steps, s": max(0.0, result["train_seconds"] - training)}
         parts |= {"evaluating, s": result["evaluate_seconds"]}
-        parts["start and finish, s"] = result["seconds"] - training - sum(parts.values())
+        parts["start and finish, s"] = max(0.0, result["seconds"] - training - sum(parts.values()))
         rows.append(row | {"in the job, s": result["seconds"] - training} | parts)
     return rows
 

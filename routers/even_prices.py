@@ -17,9 +17,8 @@ from torch import Tensor
 
 from routers.compiled import compiled_on_gpu
 
-STEPS = 16  # temperatures from 1 to COLDEST, of the scores' deviation
+STEPS = 14  # temperatures from 1 to COLDEST, of the scores' deviation
 COLDEST = 3e-4
-SETTLING = 2  # further steps at the last temperature
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
 PARTS = 64  # in which P'P is summed
 STRIDE = 2.5  # temperatures that a price may move in a step
@@ -34,8 +33,7 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     temperature = cooling ** torch.arange(STEPS, dtype=rows.dtype, device=rows.device)  # not one graph for each
     for step in range(STEPS - 1):
         prices = newton_step(rows, real, prices, temperature[step], cooling)
-    for _ in range(SETTLING):
-        prices = newton_step(rows, real, prices, temperature[-1], 1.0)
+    prices = newton_step(rows, real, prices, temperature[-1], 1.0)  # settles there
     choice = soft_choice(rows, real, prices)
     return prices, factor(rivalry(choice))
 

@@ -12,7 +12,6 @@ from routers.compiled import compiled_on_gpu
 from routers.even_prices import COLDEST, soft_choice, solved
 
 FEEDBACK = (0.7, 0.5, 0.4, 0.3)  # share of the loads' error that is fed back into the prices; the best draw stays
-TREE_ROUNDS = 2
 JITTER = 1e-5  # of the scores' deviation: parts rows that are equal
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # steps of sequences that fill [0, 1) evenly
 FAR = 1e9  # a loss above all others
@@ -24,9 +23,7 @@ def round_evenly(rows: Tensor, real: Tensor, prices: Tensor, factor: Tensor, tar
     steps = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device)[:, None] * GOLDEN
     steps = steps + torch.arange(rows.shape[2], dtype=torch.float64, device=rows.device) * PLASTIC
     jitter = JITTER * steps.frac().to(rows.dtype)  # (N, E)
-    for _ in range(TREE_ROUNDS):
-        expert = moved_along_a_tree(rows, jitter, expert, target)
-    return rest_placed(rows, expert, target)
+    return rest_placed(rows, moved_along_a_tree(rows, jitter, expert, target), target)
 
 
 @compiled_on_gpu
@@ -66,7 +63,7 @@ def moved_along_a_tree(rows: Tensor, jitter: Tensor, expert: Tensor, target: Ten
     """What is too much goes along the tree of cheapest moves between experts, on which there is but one way.
 
     An edge takes as many rows as its part of the tree has too many, those that lose least. A row that two edges want
-    follows one of them; so a further round may be needed.
+    follows one of them, so that loads may be off by a few still.
     """
     experts = rows.shape[2]
     at = expert.clamp(max=experts - 1)[..., None]

@@ -83,16 +83,24 @@ def test_steps_of_several_arms_are_timed_side_by_side(tiny, tmp_path):
     assert all(row["tokens/s"] > 0 and row["syncs"] is None for row in rows)
 
 
-def test_an_arm_whose_losses_are_not_the_loop_s_is_not_timed(tiny, tmp_path, monkeypatch):
+def test_an_arm_whose_step_is_not_the_loop_s_is_not_timed(tiny, tmp_path, monkeypatch):
     made = step.make_losses
+    words = ["--device=cpu", "--scale=smoke", "--arms=hash_balanced:grouped_mm", f"--out={tmp_path}", *tiny[:-1]]
 
-    def off(*args):
-        losses = made(*args)
-        return lambda *given: (1.03 * losses(*given)[0],)
+    def off(by):
+        def make(*args):
+            losses = made(*args)
+            return lambda *given: (by(losses(*given)[0]), *losses(*given)[1:])
 
-    monkeypatch.setattr(step, "make_losses", off)
-    with pytest.raises(RuntimeError, match="router=hash_balanced: losses are 0.0"):
-        step.main(["--device=cpu", "--scale=smoke", "--arms=hash_balanced", f"--out={tmp_path}", *tiny[:-1]])
+        return make
+
+    monkeypatch.setattr(step, "make_losses", off(lambda each: 1.03 * each))
+    with pytest.raises(RuntimeError, match="router=hash_balanced:grouped_mm: the loss is"):
+        step.main(words)
+    # the same loss, of which half sends no gradient back
+    monkeypatch.setattr(step, "make_losses", off(lambda each: each / 2 + each.detach() / 2))
+    with pytest.raises(RuntimeError, match="gradients are 1 off those of the loop"):
+        step.main(words)
 
 
 def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):
@@ -117,16 +125,18 @@ def test_a_job_has_a_time_of_its_own_where_one_runs_after_the_other(words, one_b
 
 
 @pytest.mark.long
-def test_paths_that_train_the_same_model_say_so(tiny, tmp_path):
-    words = ["--device=cpu", "--scale=smoke", "--arms=switch", "--steps=10", f"--out={tmp_path}", *tiny[:-1]]
-    agree.main(words)
-    rows = {(row["run"], row["and"]): row for row in written(tmp_path, "agree")}
-    assert rows["auto", "auto again"]["same bits"] and rows["auto", "auto again"]["largest"] == 0
-    assert rows["auto", "loop"]["largest"] < 1e-3
-    assert rows["auto", "loop"]["paths"] == "grouped_mm and loop"
-    again = rows["switch, deterministic", "switch, deterministic, again"]
-    assert again["of plain"] > 0 and again["paths"] == "grouped_mm"
-    assert rows["switch, deterministic", "switch, deterministic, again"]["same bits"]
+def test_paths_that_train_the_same_model_say_so(tiny, tmp_path, monkeypatch, capsys):
+    words = ["--device=cpu", "--scale=smoke", "--arms=switch", "--steps=10", "--repeats=2", f"--out={tmp_path}"]
+    agree.main([*words, *tiny[:-1]])
+    rows = {row["runs"]: row for row in written(tmp_path, "agree")}
+    assert len(rows) == 6 and rows["auto, one and another"]["largest"] == 0
+    assert rows["loop and auto, means"]["largest"] < 1e-3 and rows["loop and auto, means"]["path"] == "loop"
+    again = rows["switch, deterministic, twice"]
+    assert again["of plain"] > 0 and again["path"] == "grouped_mm" and again["agrees"]
+    monkeypatch.setattr(agree, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit):
+        agree.main([*words, *tiny[:-1]])
+    assert "not the same: grouped_mm and auto, means, loop and auto, means" in capsys.readouterr().err
 
 
 @pytest.mark.long
