@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> None:
         plain = [
             "router=hash_balanced",
             f"model.dispatch={','.join(PATHS)}",
-            f"repeat={','.join(numbers(args.repeats))}",
+            f"repeat={','.join(map(str, range(args.repeats)))}",
         ]
         by_path = grouped(trained(Path(folder) / "paths", [*plain, *common]), "model", "dispatch")
         arms = f"router={','.join(args.arms)}"
@@ -63,10 +63,6 @@ def options(words: list[str] | None) -> Namespace:
     made.add_argument("--repeats", type=count, default=3, help="runs of each path")
     made.add_argument("--steps", type=count, default=200)
     return with_overrides(made, words)
-
-
-def numbers(so_many: int) -> list[str]:
-    return [str(n) for n in range(so_many)]
 
 
 def trained(runs: Path, words: list[str]) -> list[Path]:
