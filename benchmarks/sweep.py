@@ -29,7 +29,8 @@ def main(words: list[str] | None = None) -> None:
     scale = args.scale or ("small" if device.type == "cuda" else "smoke")
     with tempfile.TemporaryDirectory() as runs:
         jobs = [f"router={','.join(args.arms)}", f"seed={','.join(map(str, range(args.seeds)))}"]
-        chosen = [f"scale={scale}", f"device={device.type}", "wandb.mode=disabled", *args.overrides, f"runs={runs}"]
+        chosen = [f"scale={scale}", f"device={device.type}", "hydra.launcher.cpu_slots=1", "wandb.mode=disabled"]
+        chosen += [*args.overrides, f"runs={runs}"]
         began = time.time()
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), "-m", *jobs, *chosen], check=False)
         if done.returncode:
@@ -55,10 +56,9 @@ def options(words: list[str] | None) -> Namespace:
 
 def alone(overrides: list[str], device: torch.device) -> bool:
     """Whether the queue runs one job after the other."""
-    at_once = {key: int(value) for key, _, value in (word.partition("=") for word in overrides) if key.endswith(SLOTS)}
-    if device.type == "cuda":
-        return torch.cuda.device_count() * at_once.get(f"hydra.launcher.{SLOTS[0]}", 1) == 1
-    return at_once.get(f"hydra.launcher.{SLOTS[1]}", 1) == 1
+    at_once = {key: value for key, _, value in (word.partition("=") for word in overrides) if key.endswith(SLOTS)}
+    one = {slot: at_once.get(f"hydra.launcher.{slot}", "1") == "1" for slot in SLOTS}
+    return one["jobs_per_gpu"] and torch.cuda.device_count() == 1 if device.type == "cuda" else one["cpu_slots"]
 
 
 def jobs_of(runs: Path, began: float, one_by_one: bool) -> list[Row]:

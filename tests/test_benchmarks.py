@@ -119,7 +119,10 @@ def test_a_run_is_read_in_whole_routing_groups(tiny, tmp_path):
     assert scores.shape == (1, 70, 8)
 
 
-@pytest.mark.parametrize(("words", "one_by_one"), [([], True), (["cpu_slots=1"], True), (["cpu_slots=2"], False)])
+@pytest.mark.parametrize(
+    ("words", "one_by_one"),
+    [([], True), (["cpu_slots=1"], True), (["cpu_slots=2"], False), (["cpu_slots=null"], False)],
+)
 def test_a_job_has_a_time_of_its_own_where_one_runs_after_the_other(words, one_by_one):
     assert sweep.alone([f"hydra.launcher.{word}" for word in words], CPU) == one_by_one
 

@@ -229,6 +229,8 @@ def test_a_slot_is_a_visible_gpu_times_jobs_per_gpu_or_else_the_cpu(monkeypatch)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("cuda")] == ["5", "7", "5", "7"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert launcher.slots("auto") == [{}] * 3
+    one_a_core = type(launcher)(2, None, 20)
+    assert one_a_core.slots("cpu") == [{}] * len(os.sched_getaffinity(0))
 
 
 def multirun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:

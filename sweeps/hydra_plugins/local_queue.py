@@ -29,9 +29,11 @@ COMPILER = ("torch._inductor.compile_fx",)  # another 3 s, of jobs with train.co
 
 
 class LocalQueue(Launcher):
-    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots; finished runs are skipped."""
+    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots (None: one a core); finished runs are
+    skipped."""
 
-    def __init__(self, jobs_per_gpu: int, cpu_slots: int, grace_seconds: float) -> None:
+    def __init__(self, jobs_per_gpu: int, cpu_slots: int | None, grace_seconds: float) -> None:
+        cpu_slots = len(os.sched_getaffinity(0)) if cpu_slots is None else cpu_slots
         if min(jobs_per_gpu, cpu_slots) < 1:
             raise ValueError(f"jobs_per_gpu={jobs_per_gpu} and cpu_slots={cpu_slots} must be at least 1")
         self.jobs_per_gpu, self.cpu_slots, self.grace_seconds = jobs_per_gpu, cpu_slots, grace_seconds
