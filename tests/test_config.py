@@ -116,6 +116,11 @@ def test_what_must_be_given_is_named(word, key):
 FATAL = [
     (["train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
     (["train.rate=1"], "there is no setting train.rate; there are steps, "),
+    (["trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
+    (["+trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
+    (["++train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
+    (["+train.rate=1"], "there is no setting train.rate; there are steps, "),
+    (["+router.jitter=1"], "router._target_=null is a model without a router, which has no option jitter"),
     (["router=swich"], "router=swich is not there; did you mean router=switch?"),
     (["wandbb=offline"], "did you mean wandb?"),
     (["-m", "sweeps=nothing"], "sweeps=nothing is not there; there are base_comparison, "),
