@@ -12,7 +12,6 @@ from sweeps.job import duration
 from sweeps.plan import Planned, errors
 from sweeps.standing import standing
 from training.build import find_data
-from training.identity import provisional_id
 from training.job import open_run
 from training.preflight import read
 from training.settings import Settings
@@ -45,13 +44,12 @@ def report(planned: Sequence[Planned]) -> int:
             each.error = str(error)
             continue
         seconds, basis = pace[settings.runs].seconds(settings, known[key])
-        name = each.run.folder.name if each.run else f"(id {provisional_id(settings)})"
         state = standing(each.run.folder) if each.run else "left"
         time = UNKNOWN if seconds is None else duration(seconds)
-        rows.setdefault(name, [settings.arm, settings.seed, name, *figures(known[key]), time, state])
+        rows.setdefault(each.name, [settings.arm, settings.seed, each.name, *figures(known[key]), time, state])
         if state != "done":
             why |= {basis} - {""}
-            left[name] = seconds
+            left[each.name] = seconds
     if rows:
         print(tabulate(rows.values(), HEADERS, disable_numparse=True))
         print("\n" + summary(planned, [*rows.values()], left, why))

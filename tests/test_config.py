@@ -69,6 +69,7 @@ BAD = [
     ("train.schedule=step", "train.schedule must be one of cosine, linear; got step"),
     ("train.beta2=1.5", "train.beta2"),
     ("train.lr=nan", "train.lr"),
+    ("arm=a/b", "arm must be of letters, digits, _, ., + and - alone; got a/b"),
     ("seed=-1", "seed must be at least 0; got -1"),
     ("device=tpu", "device must be one of auto, cpu, cuda; got tpu"),
     ("router._target_=os.system", "router._target_ must be a class of routers, models, data"),
