@@ -79,10 +79,10 @@ def naming(planned: Sequence[Planned], alike: list[list[Planned]], compose: Comp
 
 def value_of(key: str, jobs: Sequence[Planned], compose: Composer) -> str:
     """The interpolation that puts into a label what a key has in these jobs: its value, first element or choice; "" if
-    all of these are the same, or none is fit for a label."""
+    none of these is fit for a label."""
     for value in (f"${{{key}}}", f"${{{key}.0}}", f"${{hydra:runtime.choices.{key}}}"):
         with suppress(HydraException, OmegaConfBaseException):
             found = {str(compose.config([*job.words, f"arm={value}"]).arm) for job in jobs}
-            if len(found) > 1 and all(map(LABEL[1], found)):
+            if all(map(LABEL[1], found)):
                 return value
     return ""

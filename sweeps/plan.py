@@ -121,13 +121,15 @@ class Plan:
     def require_valid(self) -> None:
         """ValueError with the first job's error."""
         if errors := self.errors():
-            more = f" (and {len(errors) - 1} more of the grid's {len(self.jobs)} jobs; dry_run=true names all)"
+            more = f" (and {len(errors) - 1} more of the grid's {len(self.jobs)} combinations; dry_run=true names all)"
             raise ValueError(errors[0] + more * (len(errors) > 1))
 
 
 def errors(planned: Sequence[Planned]) -> list[str]:
-    """A line an invalid job: the overrides that set it apart, and what is wrong."""
-    common = set.intersection(*(set(job.words) for job in planned)) if len(planned) > 1 else set()
+    """A line an invalid job: the overrides that set it apart, and what is wrong; one alone if that is wrong of all."""
+    if len(said := {job.error for job in planned}) == 1:
+        return [*filter(None, said)]
+    common = set.intersection(*(set(job.words) for job in planned))
     lines = []
     for job in [job for job in planned if job.error]:
         own = (word for word in filter_overrides(job.words) if word not in common)

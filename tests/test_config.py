@@ -130,7 +130,12 @@ FATAL = [
     (["sweeps=main"], "needs -m: python run.py -m sweeps=main"),
     (
         ["-m", "router=dense,switch", "train.lr=abc"],
-        "Float (and 1 more of the grid's 2 jobs; dry_run=true names all)\n",
+        "error: train.lr: Value 'abc' of type 'str' could not be converted",
+    ),
+    (["-m", "router=dense,switch", "train.lr=abc"], "to Float\n"),
+    (
+        ["-m", "router=dense", "train.lr=1,abc,abd"],
+        "Float (and 1 more of the grid's 3 combinations; dry_run=true names all)\n",
     ),
     (["-m", "router=dense,swich"], "error: router=swich is not there; did you mean router=switch?\n"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),

@@ -195,7 +195,7 @@ TWICE = [  # words; who would have seed 0 twice, and with what; what is to be ad
         "arm=switch_${model.sparse_layers.0}",
     ),
     ("router=switch model.sparse_layers=[0],[0,1]", "switch", "'model.sparse_layers=[0]'", ""),
-    ("router=dense +data.folder=null +train.epochs=1,2", "dense", "+train.epochs=1", "arm=dense_${train.epochs}"),
+    ("router=dense +train.epochs=1,2", "dense", "+train.epochs=1", "arm=dense_${train.epochs}"),
     (
         "sweeps=modules router=switch,base num_experts=2 train.lr=1,2",
         "switch_2",
@@ -267,10 +267,13 @@ def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path, ru
     before = sorted(cache.rglob("*")) if cache.exists() else []
     status, printed, said = run_here(*words, "data.vocab_size=301")
     assert status == 0 and said == ""
-    assert "not prepared" in printed and "5 jobs, 5 runs: 0 done, 5 to make" in printed
+    assert "not prepared" in printed and "\n5 jobs: 0 done, 5 to make" in printed and "grid" not in printed
     status, printed, _ = run_here(*words, "train.batch_size=4,5", "data.vocab_size=301")
     assert status == 2
     assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in printed.splitlines()) == 5
+    status, printed, said = run_here(*words, "train.batch_size=5")
+    assert (status, said) == (2, "") and printed.startswith("invalid: train.batch_size must be a multiple of ")
+    assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
 
@@ -298,7 +301,10 @@ def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text
 
     tiny_here = [word for word in tiny if not word.startswith(("model.sparse_layers", "num_experts"))]
     rows = printed()
-    assert "6 jobs, 4 runs: 0 done, 4 to make in about" in rows  # dense is asked for with each of three sizes
+    assert "\n4 jobs: 0 done, 4 to make in about" in rows
+    assert (
+        "\nThe grid's 6 combinations come to these, as some are" in rows
+    )  # dense is asked for with each of three sizes
     assert sum(line.startswith("dense ") for line in rows.splitlines()) == 1 and " MB " in rows and "0.0 GB" not in rows
     tokens = 12 * 4 * 32
     assert f" {tokens / 1e6:.1f}M " in rows
@@ -317,7 +323,7 @@ def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path, run_here):
     printed = run_here(*words, "dry_run=true")[1]
     counts = f"{result['parameters/active'] / 1e6:.1f}M / {result['parameters/total'] / 1e6:.1f}M"
     assert counts in printed and f"{result['train_flops_per_token'] / 1e9:.3f}" in printed
-    assert "1 jobs, 1 runs: 1 done, 0 to make" in printed
+    assert "\n1 job: 1 done, 0 to make" in printed
 
 
 def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
@@ -329,11 +335,15 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
     lines = [line.split() for line in overview(words, ["gate_by_routing", "quickstart"]).splitlines()]
     assert ["gate_by_routing", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
     assert ["quickstart", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
+    some = overview([*words, "train.batch_size=4,5"], ["quickstart"]).splitlines()[-1]
+    assert some.startswith("quickstart: 5 of the grid's 10 combinations are invalid: router=dense train.batch_size=5: ")
     # dense, hash_balanced and switch are in both
     assert ["all,", "shared", "runs", "once", "7", "0", "0", "1", "6"] in [line[:9] for line in lines]
 
 
 def test_the_overview_blames_no_sweep_for_a_word_that_none_takes():
+    with pytest.raises(ValueError, match="^data.folder must be a folder that is there; got /nowhere$"):
+        overview(["data=wiki", "data.folder=/nowhere"], ["quickstart"])
     with pytest.raises(ValueError, match="^scale=tiny is not there; there are medium, paper, small, smoke$"):
         overview(["scale=tiny"])
 
