@@ -5,7 +5,6 @@ variance all arms of a table estimate together. Cells may be missing.
 A arms, N runs, k = A - 1 comparisons
 """
 
-from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import fdtrc
 
+from analysis.arms import repeated
 from analysis.dunnett import critical_value, p_values
 from analysis.statistics import Estimate, mean_of, paired_difference
 
@@ -70,7 +70,7 @@ def fit(arm: ArrayLike, seed: ArrayLike, losses: ArrayLike, apart: Iterable[Hash
     """arm, seed: N each; losses (..., N); apart: arms each of whose runs has an effect of its own, which no contrast
     can tell. ValueError if an arm has a seed twice or a loss is not finite."""
     labels, seeds = np.asarray(arm).tolist(), np.asarray(seed)
-    if twice := [cell for cell, n in Counter(zip(labels, seeds.tolist())).items() if n > 1]:
+    if twice := repeated(zip(labels, seeds.tolist())):
         raise ValueError(f"seed {twice[0][1]} occurs twice in one arm ({twice[0][0]}); arm=NAME names a variant")
     losses = np.asarray(losses, float)
     if not np.isfinite(losses).all():

@@ -1,6 +1,7 @@
 """What an arm's label says: its method, its place (64 of NAME_64), its name, look and reference."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
@@ -62,6 +63,11 @@ def described(names: Iterable[str], style: dict) -> dict[str, Arm]:
 
 def method_of(name: str, known: Iterable[str]) -> str:
     return max((each for each in known if name == each or name.startswith(f"{each}_")), key=len, default=name)
+
+
+def repeated(cells: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Which (arm, seed) occur more than once, in order: a table takes a seed of an arm once."""
+    return [cell for cell, times in Counter(cells).items() if times > 1]
 
 
 def place_of(name: str, style: dict) -> str:

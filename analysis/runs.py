@@ -123,6 +123,10 @@ def read_record(name: str, folder: Path, mirrors: Sequence[Mirror] = ()) -> Reco
 
 def _instead(name: str, folder: Path) -> str:
     """What to do about a sweep that was not run."""
+    if Path(name).name != name:
+        made = Path(name) / "runs.csv"
+        rule = "a sweep is given by its name alone, and a report that was made by its runs.csv"
+        return rule + f": {made}" * made.exists()
     if (Path(__file__).parents[1] / "sweeps" / f"{name}.yaml").exists():
         return f"python run.py -m sweeps={name} does it"
     known = ", ".join(sorted(path.stem for path in (folder / "sweeps").glob("*.json")))

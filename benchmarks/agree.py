@@ -39,11 +39,13 @@ def main(words: list[str] | None = None) -> None:
             "router=hash_balanced",
             f"model.dispatch={','.join(PATHS)}",
             f"repeat={','.join(map(str, range(args.repeats)))}",
+            "arm=${model.dispatch}_${repeat}",
         ]
         by_path = grouped(trained(Path(folder) / "paths", [*plain, *common]), "model", "dispatch")
         arms = f"router={','.join(args.arms)}"
-        twice = grouped(trained(Path(folder) / "twice", [arms, "deterministic=true", "repeat=0,1", *common]), "arm")
-        once = grouped(trained(Path(folder) / "once", [arms, *common]), "arm")
+        two = [arms, "deterministic=true", "repeat=0,1", "arm=${hydra:runtime.choices.router}_${repeat}"]
+        twice = grouped(trained(Path(folder) / "twice", [*two, *common]), "space")
+        once = grouped(trained(Path(folder) / "once", [arms, *common]), "space")
         rows = [scatter(path, runs) for path, runs in by_path.items() if args.repeats > 1]
         rows += [compared(path, by_path[path], by_path["auto"]) for path in PATHS[1:]]
         rows += [repeated(arm, runs, once[arm][0]) for arm, runs in twice.items()]

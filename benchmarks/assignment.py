@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.scores import KINDS, drawn, of_a_run
+from benchmarks.scores import KINDS, drawn, of_a_run, routed_run
 from benchmarks.timing import Row, command, device_of, folder_of, in_milliseconds, interleaved, parser, plot, report
 from routers.assignment import balanced_assignment
 from routers.fast_assignment import replayed_assignment
@@ -20,12 +20,12 @@ from routers.fast_assignment import replayed_assignment
 def main(words: list[str] | None = None) -> None:
     args = options(words)
     device = device_of(args.device)
-    rows = []
+    run, rows = routed_run(args.run) if args.run else None, []
     for tokens in args.tokens:
         for experts in args.experts:
             scores = {kind: drawn(kind, tokens, experts) for kind in args.kinds}
-            if args.run:
-                scores["of a run"] = of_a_run(args.run, tokens, experts)
+            if run:
+                scores["of a run"] = of_a_run(run, tokens, experts)
             for kind, each in scores.items():
                 rows += one_kind(kind, each.to(device), args, device)
     report("assignment", rows, args, device)

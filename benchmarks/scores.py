@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches import Split, TrainingBatches
 from data.randomness import generator
-from training.checkpoint import load_run
+from training.checkpoint import LoadedRun, load_run
 
 WORDS, WIDTH = 4000, 64
 # zipf N: words of falling frequency, each with a hidden state of its own, and N times as much noise
@@ -50,14 +50,17 @@ def orthogonal(rows: int, width: int, draws: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=draws))[0][:rows, :width]
 
 
-def of_a_run(folder: Path, tokens: int, experts: int) -> Tensor:
-    """(1, T, E): what the first sparse layer's router reads in that run, on training text, times orthogonal centroids.
-
-    Raises ValueError as load_run does, and if the run has no sparse layer.
-    """
-    model, settings, prepared, *_ = load_run(folder)
-    if not model.sparse:
+def routed_run(folder: Path) -> LoadedRun:
+    """Raises ValueError as load_run does, and if the run has no sparse layer."""
+    run = load_run(folder)
+    if not run.model.sparse:
         raise ValueError(f"{folder} has no sparse layer")
+    return run
+
+
+def of_a_run(run: LoadedRun, tokens: int, experts: int) -> Tensor:
+    """(1, T, E): what the run's first sparse layer reads of training text, times orthogonal centroids."""
+    model, settings, prepared, *_ = run
     length = settings.data.sequence_length
     group = settings.train.routing_group
     rows = -(-tokens // (length * group)) * group  # whole groups, of which routers take loads and assignments

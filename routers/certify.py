@@ -102,8 +102,7 @@ def case_of(settings: DictConfig) -> Case:
 
 def names_a_file(node: Any) -> bool:
     """Whether a router, or one inside it, reads its table from a file."""
-    inner = [value for value in node.values() if isinstance(value, dict)]
-    return node.get("file") is not None or any(names_a_file(each) for each in inner)
+    return node.get("file") is not None or any(isinstance(each, dict) and names_a_file(each) for each in node.values())
 
 
 def findings(case: Case, checks: dict[str, Check]) -> Iterator[tuple[str, Finding, float]]:
@@ -121,13 +120,14 @@ def findings(case: Case, checks: dict[str, Check]) -> Iterator[tuple[str, Findin
 
 
 def main(words: list[str]) -> int:
-    quick = "--quick" in words
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     overrides = [word for word in words if word != "--quick"]
     try:
-        unknown = [word for word in overrides if word.startswith("-")]
-        if unknown or not any(word.startswith("router=") for word in overrides):
-            rule = "usage: python -m routers.certify router=NAME [overrides] [--quick]"
-            raise ValueError(f"{rule}; got {' '.join(words) or 'nothing'}")
+        if not any(word.startswith("router=") for word in overrides) or any(word[:1] == "-" for word in overrides):
+            usage = "python -m routers.certify router=NAME [overrides] [--quick]"
+            raise ValueError(f"usage: {usage}; got {' '.join(words) or 'nothing'}")
         case = case_of(composed(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -135,7 +135,7 @@ def main(words: list[str]) -> int:
     torch.set_num_threads(2)
     print(f"certificate of {' '.join(overrides)}, E = {case.num_experts}\n")
     seen, began = [], time.perf_counter()
-    for name, finding, _ in findings(case, CHECKS if quick else CHECKS | {"leak alarm": leak_alarm}):
+    for name, finding, _ in findings(case, CHECKS if "--quick" in words else CHECKS | {"leak alarm": leak_alarm}):
         seen.append(finding.status)
         print(f"{name:<36}{finding.status:<25}{finding.text}", flush=True)
     failed, confirmed, idle = (seen.count(status) for status in (FAILED, CONFIRMED, NOT_APPLICABLE))

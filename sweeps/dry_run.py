@@ -6,13 +6,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from analysis.arms import plural
 from data.prepare import NotPrepared
 from sweeps.estimate import Cost, Pace, cost
 from sweeps.job import duration
 from sweeps.plan import Planned, errors
 from sweeps.standing import standing
 from training.build import find_data
-from training.identity import provisional_id
 from training.job import open_run
 from training.preflight import read
 from training.settings import Settings
@@ -45,13 +45,12 @@ def report(planned: Sequence[Planned]) -> int:
             each.error = str(error)
             continue
         seconds, basis = pace[settings.runs].seconds(settings, known[key])
-        name = each.run.folder.name if each.run else f"(id {provisional_id(settings)})"
         state = standing(each.run.folder) if each.run else "left"
         time = UNKNOWN if seconds is None else duration(seconds)
-        rows.setdefault(name, [settings.arm, settings.seed, name, *figures(known[key]), time, state])
+        rows.setdefault(each.name, [settings.arm, settings.seed, each.name, *figures(known[key]), time, state])
         if state != "done":
             why |= {basis} - {""}
-            left[name] = seconds
+            left[each.name] = seconds
     if rows:
         print(tabulate(rows.values(), HEADERS, disable_numparse=True))
         print("\n" + summary(planned, [*rows.values()], left, why))
@@ -78,11 +77,13 @@ def figures(cost: Cost) -> list[str]:
 def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float | None], why: set[str]) -> str:
     runs = {row[2]: row[-1] for row in rows}
     done = sum(state == "done" for state in runs.values())
-    lines = [f"{len(planned)} jobs, {len(runs)} runs: {done} done, {len(left)} to make"]
+    lines = [f"{len(runs)} {plural('job', len(runs))}: {done} done, {len(left)} to make"]
     if left:
         known = [seconds for seconds in left.values() if seconds is not None]
         lines[0] += f" in about {duration(sum(known))} one after the other" if known else ""
         lines[0] += ", and those of unknown length" if 0 < len(known) < len(left) else ""
+    if (valid := sum(each.error == "" for each in planned)) > len(runs):
+        lines.append(f"The grid's {valid} combinations come to these, as some are one and the same run.")
     if why:
         lines.append(
             f"Estimates: memory of tensors, not of Python and libraries; time from {' and '.join(sorted(why))}."

@@ -60,7 +60,8 @@ def standing_of(name: str, words: list[str]) -> Standing:
             assert pace is not None
             runs[key] = state, pace.seconds(settings, costs[alike])[0]
     errors = plan.errors()
-    wrong = [f"{name}: {len(errors)} of {len(plan.jobs)} jobs are invalid: {errors[0]}"] if errors else []
+    some = f"{len(errors)} of the grid's {len(plan.jobs)} combinations are invalid: " if valid else ""
+    wrong = [f"{name}: {some}{errors[0]}"] if errors else []
     return Standing(name, runs, wrong)
 
 

@@ -17,6 +17,7 @@ from analysis.ledger import beyond
 from data.prepare import NotPrepared, Prepared
 from sweeps.job import Job
 from training.folder import has_weights
+from training.identity import provisional_id
 from training.job import DIVERGED, FINISHED, open_run
 from training.preflight import read, read_like
 from training.run import Run
@@ -36,6 +37,12 @@ class Planned:
     run: Run | None = None
     error: str = ""
     place: list[int] | None = None  # of a trial
+
+    @property
+    def name(self) -> str:
+        """Of its run folder; equal for equal runs, too, while that is not known. It must have settings."""
+        assert self.settings is not None
+        return self.run.folder.name if self.run else f"(id {provisional_id(self.settings)})"
 
 
 class Plan:
@@ -86,8 +93,8 @@ class Plan:
     def name(self, job: Planned) -> None:
         if job.settings is None:
             return
-        first = needed(job.settings)
-        if first and any(each.settings and not each.run and is_called(each.settings, first) for each in self.jobs):
+        first, earlier = needed(job.settings), self.jobs[: self.jobs.index(job)]
+        if first and any(each.settings and not each.run and is_called(each.settings, first) for each in earlier):
             return  # what it starts from has no name yet, for want of its data
         try:
             job.run = open_run(job.settings, [each.run for each in self.jobs if each.run], self.open_data)
@@ -114,13 +121,15 @@ class Plan:
     def require_valid(self) -> None:
         """ValueError with the first job's error."""
         if errors := self.errors():
-            more = f" (and {len(errors) - 1} more of the grid's {len(self.jobs)} jobs; dry_run=true names all)"
+            more = f" (and {len(errors) - 1} more of the grid's {len(self.jobs)} combinations; dry_run=true names all)"
             raise ValueError(errors[0] + more * (len(errors) > 1))
 
 
 def errors(planned: Sequence[Planned]) -> list[str]:
-    """A line an invalid job: the overrides that set it apart, and what is wrong."""
-    common = set.intersection(*(set(job.words) for job in planned)) if len(planned) > 1 else set()
+    """A line an invalid job: the overrides that set it apart, and what is wrong; one alone if that is wrong of all."""
+    if len(said := {job.error for job in planned}) == 1:
+        return [*filter(None, said)]
+    common = set.intersection(*(set(job.words) for job in planned))
     lines = []
     for job in [job for job in planned if job.error]:
         own = (word for word in filter_overrides(job.words) if word not in common)

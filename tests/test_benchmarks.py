@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import agree, assignment, layer, prepare, step, sweep
 from benchmarks.ffns import Problem, Way, error_of, gradients, reference, stacked, unstacked
-from benchmarks.scores import of_a_run
+from benchmarks.scores import of_a_run, routed_run
 from benchmarks.timing import interleaved, saved_bytes
 from tests.conftest import ROOT, compose_config
 from training.job import FINISHED, run
@@ -115,7 +115,7 @@ def test_a_run_is_read_in_whole_routing_groups(tiny, tmp_path):
     """32 tokens a row, two rows a group: 70 tokens are in three rows, so four are read."""
     words = [*tiny, "router=switch", "router.capacity_factor=1", "record.keep_weights=true"]
     assert run(compose_config(*words)) == FINISHED
-    scores = of_a_run(next((tmp_path / "runs").glob("switch-*")), 70, 8)
+    scores = of_a_run(routed_run(next((tmp_path / "runs").glob("switch-*"))), 70, 8)
     assert scores.shape == (1, 70, 8)
 
 

@@ -585,6 +585,10 @@ def test_the_command_prints_a_card_and_says_by_its_status_how_it_went(capsys, mo
     monkeypatch.setattr("routers.certify.CHECKS", {"broken": lambda case: 1 / 0})
     assert main(["router=hash_random", "--quick"]) == 1
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
+    for words in (["--help"], ["router=hash_random", "-h"]):
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        assert "certify router=NAME [overrides] [--quick] checks a router" in printed.out and printed.err == ""
 
 
 @pytest.mark.parametrize(

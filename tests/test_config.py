@@ -69,6 +69,7 @@ BAD = [
     ("train.schedule=step", "train.schedule must be one of cosine, linear; got step"),
     ("train.beta2=1.5", "train.beta2"),
     ("train.lr=nan", "train.lr"),
+    ("arm=a/b", "arm must be of letters, digits, _, ., + and - alone; got a/b"),
     ("seed=-1", "seed must be at least 0; got -1"),
     ("device=tpu", "device must be one of auto, cpu, cuda; got tpu"),
     ("router._target_=os.system", "router._target_ must be a class of routers, models, data"),
@@ -116,6 +117,11 @@ def test_what_must_be_given_is_named(word, key):
 FATAL = [
     (["train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
     (["train.rate=1"], "there is no setting train.rate; there are steps, "),
+    (["trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
+    (["+trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
+    (["++train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
+    (["+train.rate=1"], "there is no setting train.rate; there are steps, "),
+    (["+router.jitter=1"], "router._target_=null is a model without a router, which has no option jitter"),
     (["router=swich"], "router=swich is not there; did you mean router=switch?"),
     (["wandbb=offline"], "did you mean wandb?"),
     (["-m", "sweeps=nothing"], "sweeps=nothing is not there; there are base_comparison, "),
@@ -124,7 +130,12 @@ FATAL = [
     (["sweeps=main"], "needs -m: python run.py -m sweeps=main"),
     (
         ["-m", "router=dense,switch", "train.lr=abc"],
-        "Float (and 1 more of the grid's 2 jobs; dry_run=true names all)\n",
+        "error: train.lr: Value 'abc' of type 'str' could not be converted",
+    ),
+    (["-m", "router=dense,switch", "train.lr=abc"], "to Float\n"),
+    (
+        ["-m", "router=dense", "train.lr=1,abc,abd"],
+        "Float (and 1 more of the grid's 3 combinations; dry_run=true names all)\n",
     ),
     (["-m", "router=dense,swich"], "error: router=swich is not there; did you mean router=switch?\n"),
     (["data.corpus.files=/nowhere/*.txt"], "/nowhere/*.txt"),

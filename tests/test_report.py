@@ -19,7 +19,7 @@ from analysis.figures import over_seeds
 from analysis.layout import numbers_at_the_ends
 from analysis.metrics import read_metrics
 from analysis.report import main, report, write_tables
-from analysis.runs import read_study
+from analysis.runs import read_record, read_study
 from analysis.tables import human
 
 ARMS = {"dense": 5.30, "hash_random": 5.25, "hash_balanced": 5.24, "switch": 5.29, "base": 5.26}
@@ -452,6 +452,17 @@ def test_a_sweep_that_is_not_there_is_not_recommended(whole):
         read_study("nosuch", whole)
     with pytest.raises(ValueError, match="no sweep 'modules' was run into .*; python run.py -m sweeps=modules does it"):
         read_study("modules", whole)
+
+
+def test_a_path_in_place_of_a_sweeps_name_is_told_what_to_give(whole, tmp_path):
+    rule = "; a sweep is given by its name alone, and a report that was made by its runs.csv"
+    for path in (f"{tmp_path}/modules", "modules/", "sweeps/modules.json"):
+        with pytest.raises(ValueError, match=f"^no sweep '{path}' was run into {whole}{rule}$"):
+            read_record(path, whole)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "runs.csv").touch()
+    with pytest.raises(ValueError, match=f"{rule}: {tmp_path}/modules/runs.csv$"):
+        read_record(f"{tmp_path}/modules", whole)
 
 
 def test_a_record_that_points_out_of_the_folder_is_refused(whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from analysis.report import explained, report
 from analysis.runs import read_study
 from data.prepare import NotPrepared
 from sweeps import dry_run
+from sweeps.cells import cells_of, require_apart
 from sweeps.composing import jobs_of
 from sweeps.estimate import Pace, cost
 from sweeps.overview import overview
@@ -62,6 +64,7 @@ def test_each_sweep_composes_to_its_stated_jobs_at_every_scale_and_all_pass_pref
     first, *_ = seeds = seeds_of(sweep)
     plan = plan_of(sweep, f"scale={scale}", f"runs={tmp_path}", f"seed={first}")
     assert plan.errors() == []
+    require_apart(plan.jobs, plan.compose)
     runs = {provisional_id(job.settings) for job in plan.jobs if job.settings}
     arms = 1 + 2 * LAYERS[scale] if sweep == "position" else SWEEPS[sweep]
     assert len(runs) == arms
@@ -176,16 +179,101 @@ def test_a_label_is_the_sweeps_and_a_run_is_found_under_another_ones(tiny, tmp_p
     assert list(study.runs["arm"]) == ["hash_balanced_4", "hash_balanced_8"]
 
 
+ROUTED = '"${hydra:runtime.choices.router}${if_routed:'  # of a label that a dense run has without what follows
+
+TWICE = [  # words; who would have seed 0 twice, and with what; what is to be added, or set in a sweep of its own
+    ("router=switch router.jitter=0,0.1 seed=0,1", "switch", "router.jitter=0", "arm=switch_${router.jitter}"),
+    ("router=switch repeat=0,1", "switch", "repeat=0", "arm=switch_${repeat}"),
+    ("router=switch num_experts=2,4 repeat=0,1", "switch", "repeat=0", "arm=switch_${num_experts}_${repeat}"),
+    ("router=dense,switch num_experts=2,4", "switch", "num_experts=2", f'arm={ROUTED}_${{num_experts}}}}"'),
+    ("router=dense,switch train.lr=1,2", "dense", "train.lr=1", "arm=${hydra:runtime.choices.router}_${train.lr}"),
+    ("router=dense,switch arm=a", "a", "router=dense", "arm=a_${hydra:runtime.choices.router}"),
+    (
+        "router=switch model.sparse_layers=[0],[1]",
+        "switch",
+        "'model.sparse_layers=[0]'",
+        "arm=switch_${model.sparse_layers.0}",
+    ),
+    ("router=switch model.sparse_layers=[0],[0,1]", "switch", "'model.sparse_layers=[0]'", ""),
+    ("router=dense +train.epochs=1,2", "dense", "+train.epochs=1", "arm=dense_${train.epochs}"),
+    (
+        "sweeps=modules router=switch,base num_experts=2 train.lr=1,2",
+        "switch_2",
+        "train.lr=1",
+        f'arm={ROUTED}_${{num_experts}}}}_${{train.lr}}"',
+    ),
+    ("sweeps=load_balance experiment=load_balance/0,load_balance/1 train.lr=1,2", "switch_coef_0", "train.lr=1", ""),
+    ("sweeps=tune router=switch router.jitter=0,0.1", "switch_trial_0_0", "router.jitter=0", ""),
+]
+
+
+def planned(*words: str) -> Plan:
+    compose, jobs = jobs_of(words)
+    plan = Plan(compose, unprepared)
+    for each in jobs:
+        plan.check(each)
+    assert plan.errors() == []
+    return plan
+
+
+@pytest.mark.parametrize(("words", "arm", "one", "added"), TWICE)
+def test_a_sweep_whose_runs_no_report_can_tell_apart_says_what_would(words, arm, one, added, tiny):
+    sweep = [*tiny, *words.split()]
+    plan = planned(*sweep)
+    with pytest.raises(ValueError, match="would have seed") as refused:
+        require_apart(plan.jobs, plan.compose)
+    said, seed = str(refused.value), 100 if "tune" in words else 0
+    assert said.startswith(f"{arm} would have seed {seed} twice, with {one} and with ")
+    remedy = f"to name an arm for each add {shlex.quote(added)}" if added else f"make a sweep of each: {one} sweep=NAME"
+    assert said.endswith(f", and a report takes a seed of an arm once; {remedy}")
+    again = planned(*sweep, added or shlex.split(one)[0])
+    require_apart(again.jobs, again.compose)
+
+
+def test_jobs_of_one_run_and_runs_that_others_start_from_are_no_second_cell(tiny):
+    words = ["router=dense,switch", "num_experts=4", "seed=0,1", "record.log_every=1,2"]
+    for more in (
+        [],
+        ["table_seed=0,1", "router=dense"],
+        ["repeat=0,1", "arm=a_${repeat}_${hydra:runtime.choices.router}"],
+    ):
+        plan = planned(*tiny, *words, *more)
+        require_apart(plan.jobs, plan.compose)
+        assert len(cells_of(plan.jobs)) == {0: 4, 2: 2 if "router=dense" in more else 8}[len(more)]
+    runs = next(word for word in tiny if word.startswith("runs=")).removeprefix("runs=")
+    plan = planned(*tiny, "router=switch", f"train.init_from=null,'{runs}/switch-s0-*'")
+    plan.open_data = open_data
+    require_apart(plan.jobs, plan.compose)
+    plan.open()
+    require_apart(plan.jobs, plan.compose)
+    ((arm, seed, run),) = cells_of(plan.jobs)
+    assert (arm, seed, run) == ("switch", 0, plan.jobs[1].run.folder.name) and run != plan.jobs[0].run.folder.name
+
+
+def test_it_is_refused_before_any_work_and_by_a_dry_run_too(tiny, tmp_path, run_here):
+    words = ["-m", *tiny, "router=switch", "router.load_balance_coef=0.01,0.1", "seed=0,1", "data.vocab_size=302"]
+    status, printed, said = run_here(*words)
+    assert status == 2 and printed == "" and list(tmp_path.iterdir()) == []
+    assert said.startswith("error: switch would have seed 0 twice, with router.load_balance_coef=0.01 and with ")
+    assert said.endswith(" add 'arm=switch_${router.load_balance_coef}'\n") and said.count("\n") == 1
+    assert run_here(*words, "dry_run=true") == (2, "", said)
+    status, printed, _ = run_here(*words, *shlex.split(said.rpartition(" add ")[2]), "dry_run=true")
+    assert status == 0 and {"switch_0.01", "switch_0.1"} <= set(printed.split())
+
+
 def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path, run_here):
     cache = next(Path(word.partition("=")[2]) for word in tiny if word.startswith("data.cache="))
     words = ["-m", "sweeps=gate_by_routing", *tiny, "seed=0", "dry_run=true"]
     before = sorted(cache.rglob("*")) if cache.exists() else []
     status, printed, said = run_here(*words, "data.vocab_size=301")
     assert status == 0 and said == ""
-    assert "not prepared" in printed and "5 jobs, 5 runs: 0 done, 5 to make" in printed
+    assert "not prepared" in printed and "\n5 jobs: 0 done, 5 to make" in printed and "grid" not in printed
     status, printed, _ = run_here(*words, "train.batch_size=4,5", "data.vocab_size=301")
     assert status == 2
     assert sum(line.startswith("invalid: ") and "batch_size=5" in line for line in printed.splitlines()) == 5
+    status, printed, said = run_here(*words, "train.batch_size=5")
+    assert (status, said) == (2, "") and printed.startswith("invalid: train.batch_size must be a multiple of ")
+    assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert before == (sorted(cache.rglob("*")) if cache.exists() else [])
 
@@ -213,7 +301,10 @@ def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text
 
     tiny_here = [word for word in tiny if not word.startswith(("model.sparse_layers", "num_experts"))]
     rows = printed()
-    assert "6 jobs, 4 runs: 0 done, 4 to make in about" in rows  # dense is asked for with each of three sizes
+    assert "\n4 jobs: 0 done, 4 to make in about" in rows
+    assert (
+        "\nThe grid's 6 combinations come to these, as some are" in rows
+    )  # dense is asked for with each of three sizes
     assert sum(line.startswith("dense ") for line in rows.splitlines()) == 1 and " MB " in rows and "0.0 GB" not in rows
     tokens = 12 * 4 * 32
     assert f" {tokens / 1e6:.1f}M " in rows
@@ -232,7 +323,7 @@ def test_a_dry_run_counts_what_the_run_then_records(tiny, tmp_path, run_here):
     printed = run_here(*words, "dry_run=true")[1]
     counts = f"{result['parameters/active'] / 1e6:.1f}M / {result['parameters/total'] / 1e6:.1f}M"
     assert counts in printed and f"{result['train_flops_per_token'] / 1e9:.3f}" in printed
-    assert "1 jobs, 1 runs: 1 done, 0 to make" in printed
+    assert "\n1 job: 1 done, 0 to make" in printed
 
 
 def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
@@ -244,11 +335,15 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
     lines = [line.split() for line in overview(words, ["gate_by_routing", "quickstart"]).splitlines()]
     assert ["gate_by_routing", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
     assert ["quickstart", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
+    some = overview([*words, "train.batch_size=4,5"], ["quickstart"]).splitlines()[-1]
+    assert some.startswith("quickstart: 5 of the grid's 10 combinations are invalid: router=dense train.batch_size=5: ")
     # dense, hash_balanced and switch are in both
     assert ["all,", "shared", "runs", "once", "7", "0", "0", "1", "6"] in [line[:9] for line in lines]
 
 
 def test_the_overview_blames_no_sweep_for_a_word_that_none_takes():
+    with pytest.raises(ValueError, match="^data.folder must be a folder that is there; got /nowhere$"):
+        overview(["data=wiki", "data.folder=/nowhere"], ["quickstart"])
     with pytest.raises(ValueError, match="^scale=tiny is not there; there are medium, paper, small, smoke$"):
         overview(["scale=tiny"])
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, compose_config, one_of_a_kind
 from safetensors.torch import load_file
 
@@ -480,6 +481,35 @@ def test_load_run_gives_the_model_back_and_it_samples(tiny):
         load_run(folder)
 
 
+def test_a_run_that_is_not_finished_is_loaded_with_the_step_of_its_weights_said(tiny, capsys):
+    worse = ["train.patience=9", "train.lr=1", "train.min_lr_share=1"]  # the best weights are the first
+    for words, at in ((["router=switch"], 12), (["router=switch", *worse], 0)):
+        assert run(compose_config(*words, *tiny)) == FINISHED
+        folder = folder_of(*words, *tiny)
+        capsys.readouterr()
+        assert load_run(folder).result and capsys.readouterr().err == ""
+        (folder / "result.json").unlink()
+        assert load_run(folder).result == {}
+        assert capsys.readouterr().err == f"{folder} is not finished: its weights are of step {at} of 12\n"
+
+
+def test_what_a_folder_lacks_to_be_loaded_is_said_before_its_settings_are_read(tiny):
+    assert run(compose_config("router=dense", *tiny, "record.keep_weights=false")) == FINISHED
+    folder = folder_of("router=dense", *tiny)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["folder"] = "/nowhere"  # as that of a run from another machine
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=f"no weights, .*; python -m training.again {folder} record.keep_weights=true"):
+        load_run(folder)
+    (folder / "result.json").unlink()
+    with pytest.raises(ValueError, match="is not finished and has saved no weights yet; the command that began it"):
+        load_run(folder)
+    for name in ("metrics.jsonl", "provenance.json", "config.yaml"):
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=f"^{folder} is no run folder: it has no {name}$"):
+            load_run(folder)
+
+
 def test_wandb_can_fail_and_mirrors_when_it_does_not(tiny, tmp_path, monkeypatch):
     import wandb
 
@@ -504,6 +534,7 @@ def test_wandb_can_fail_and_mirrors_when_it_does_not(tiny, tmp_path, monkeypatch
 def test_deterministic_holds_for_plain_and_compiled_kernels():
     text = """
 import torch
+import yaml
 from training.build import compute_deterministically
 compute_deterministically()
 assert torch.are_deterministic_algorithms_enabled() and torch._inductor.config.deterministic

@@ -9,6 +9,7 @@ generator to save.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from data.prepare import Prepared
 from data.records import file_digest
 from models.transformer import Transformer
 from training.build import make_model, open_data
-from training.folder import WEIGHTS, sync, write_atomically
+from training.folder import WEIGHTS, is_finished, sync, write_atomically
 from training.preflight import read
 from training.settings import Settings
 
@@ -99,15 +100,18 @@ def fit(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """What a run ended with, router buffers included, in place: with early stopping its best weights.
-
-    Raises ValueError if the run kept none, if they are damaged or if they do not fit.
-    """
+def weights_of(folder: Path) -> Path:
+    """The file of a run's last weights, router buffers included; with early stopping of its best ones. Raises
+    ValueError if it has none, or if they are damaged."""
     last = latest(folder / "checkpoints")
-    if last is None:
-        raise ValueError(f"{folder} has kept no weights; runs with record.keep_weights=true do")
-    fit(model, next(last / name for name in WEIGHTS if (last / name).exists()))
+    if last is not None:
+        return next(last / name for name in WEIGHTS if (last / name).exists())
+    if not is_finished(folder):
+        remedy = "the command that began it goes on with it"
+        raise ValueError(f"{folder} is not finished and has saved no weights yet; {remedy}")
+    why = "it was made without record.keep_weights=true, or comes from a pack"
+    remedy = f"python -m training.again {folder} record.keep_weights=true trains it once more"
+    raise ValueError(f"{folder} has no weights, as {why}; {remedy}")
 
 
 def restore(
@@ -179,17 +183,26 @@ def load_baseline(settings: Settings, device: torch.device) -> Transformer | Non
 
 
 def load_run(folder: str | Path, device: torch.device = CPU) -> LoadedRun:
-    """A run from its folder. Raises ValueError if it is none, has kept no weights, or its data is another now."""
+    """A run from its folder; of one that is not finished standard error says so, and of which step its weights are.
+
+    Raises ValueError if it is no run, has no weights, or its data is another now.
+    """
     folder = Path(folder)
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.yaml")
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} is no run folder: it has no {name}")
+    weights = weights_of(folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["train"]["init_from"] = None  # where it started need not be there any more
     settings = read(DictConfig(config))
     prepared = open_data(settings)
     require_same_data(folder, prepared)
     model = make_model(settings, prepared, device, load_baseline(settings, device)).to(device)
-    load_weights(folder, model)
+    fit(model, weights)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = folder / "result.json"
-    return LoadedRun(model.eval(), settings, prepared, lines, json.loads(result.read_text()) if result.exists() else {})
+    result = json.loads((folder / "result.json").read_text()) if is_finished(folder) else {}
+    if not result:
+        state = json.loads((weights.parent / "state.json").read_text())
+        step = state["best_step" if weights.name == "best.safetensors" else "step"]
+        print(f"{folder} is not finished: its weights are of step {step} of {settings.train.steps}", file=sys.stderr)
+    return LoadedRun(model.eval(), settings, prepared, lines, result)

@@ -46,7 +46,7 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
 
 def provisional_id(settings: Settings) -> str:
     """As digest_of, while the text is not prepared: equal for runs that will be equal."""
-    return digest_of(settings, repr((settings.data.corpus, settings.tokenizer)))
+    return digest_of(settings, repr((settings.data.corpus, settings.tokenizer, settings.train.epochs)))
 
 
 def without_unused(content: dict[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def open_session(run: Run) -> Session:
         state, kept = checkpoint.restore(last, model, optimizer)
         progress = Progress(**state)
     elif settings.train.init_from is not None:
-        checkpoint.load_weights(Path(settings.train.init_from), model)
+        checkpoint.fit(model, checkpoint.weights_of(Path(settings.train.init_from)))
     freeze(model, settings.train.update)  # after loading, upon which a router may choose what it trains
     origin = provenance(run.prepared, model, device, precision(settings, device), settings.extra_packages)
     origin["parameters"]["trained"] = sum(p.numel() for p in trained(model, settings.train.update).values())

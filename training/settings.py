@@ -1,5 +1,6 @@
 """The resolved configuration as typed values with their rules. Defaults live in conf/ alone."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -45,6 +46,8 @@ def one_of(*known: str) -> Rule:
     return f"one of {', '.join(known)}", lambda value: value in known
 
 
+# what an arm's label and so its run folders are made of
+LABEL: Rule = "of letters, digits, _, ., + and - alone", lambda label: re.fullmatch(r"[\w.+-]+", label) is not None
 Count = Annotated[int, within(1)]
 FOLDER: Rule = "a folder that is there", lambda path: isdir(expanduser(path))
 
@@ -103,7 +106,7 @@ class WandbSettings:
 
 @dataclass
 class Settings:
-    arm: str
+    arm: Annotated[str, LABEL]
     scale: str
     sweep: str | None
     seed: Annotated[int, within(0)]

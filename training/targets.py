@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 PACKAGES = ("routers", "models", "data")
 SIMPLE = [kind for plain in (bool, int, float, str) for kind in (plain, plain | None)]
@@ -112,12 +112,13 @@ def one_line(error: Exception) -> str:
 def _unknown(error: Exception) -> str:
     """Of a setting or an option that is not there the one that is most like it, or all beside it. "" for what is
     another error."""
-    parent, key = getattr(error.__cause__, "parent_node", None), str(getattr(error.__cause__, "full_key", ""))
-    if str(error).startswith("Could not override") and isinstance(parent, DictConfig):
+    inner = error.__cause__ if str(error).startswith("Could not override") else error  # which says it of an added key
+    parent, key = getattr(inner, "parent_node", None), str(getattr(inner, "full_key", ""))
+    if isinstance(inner, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
         place, dot, name = key.rpartition(".")
         known = [str(each) for each in parent]
-        near = get_close_matches(name, known, 1, 0.7)
-        how = f"did you mean {place}{dot}{near[0]}?" if near else f"there are {', '.join(known)}"
+        near = [f"{place}{dot}{each}" for each in get_close_matches(name, known, 2, 0.7)]
+        how = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
         return f"there is no setting {key}; {how}"
     option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
     known = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)

@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sweeps import dry_run
+from sweeps.cells import cells_of, require_apart
 from sweeps.composing import Composer
 from sweeps.job_queue import Queue
 from sweeps.plan import Plan, Planned, jobs_to_run
@@ -46,6 +47,7 @@ class LocalQueue(Launcher):
         plan = Plan(compose, find_data if self.config.dry_run else open_data)
         for words in job_overrides:
             plan.check(words)
+        require_apart(plan.jobs, compose)
         if self.config.dry_run:
             plan.open()
             raise SystemExit(dry_run.report(plan.jobs))
@@ -83,19 +85,15 @@ class LocalSweeper(BasicSweeper):
 def record(planned: Sequence[Planned]) -> None:
     """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, under which arm's label and seed, and which were
     made for these to start from."""
-    named = [(job.settings, job.run.folder) for job in planned if job.settings and job.run]
-    starts = {str(settings.train.init_from) for settings, _ in named}
-    cells = {}  # a grid may give a cell twice: a dense run for each number of experts
-    for settings, folder in named:
-        if str(folder) not in starts:
-            cell = {"arm": settings.arm, "seed": settings.seed, "run": folder.name}
-            cell |= {"table_seed": settings.table_seed, "repeat": settings.repeat}
-            cells[json.dumps(cell)] = cell | described(settings)
-    settings, folder = named[0]
-    runs = list(dict.fromkeys(cell["run"] for cell in cells.values()))
+    cells = []
+    for (arm, seed, name), job in cells_of(planned).items():
+        assert job.settings is not None
+        drawn = {"table_seed": job.settings.table_seed, "repeat": job.settings.repeat}
+        cells.append({"arm": arm, "seed": seed, "run": name} | drawn | described(job.settings))
+    settings, folder = next((job.settings, job.run.folder) for job in planned if job.settings and job.run)
+    runs = list(dict.fromkeys(cell["run"] for cell in cells))
     content = {"sweep": settings.sweep or "sweep", "scale": settings.scale, "command": ["python", *sys.argv]}
-    content |= {"cells": list(cells.values()), "runs": runs}
-    content["started_from"] = sorted(folder.name for _, folder in named if str(folder) in starts)
+    content |= {"cells": cells, "runs": runs, "started_from": sorted({job.name for job in planned} - set(runs))}
     path = folder.parent / "sweeps" / f"{content['sweep']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {"runs": []}
