@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from analysis.arms import Arm
-from analysis.layout import arrows, broken, far_off, legend_above, numbers_at_the_ends, span
+from analysis.arms import Arm, plural
+from analysis.layout import arrows, broken, far_off, legend_above, numbers, numbers_at_the_ends, span
 from analysis.tables import reference_of
 
 
@@ -56,14 +56,21 @@ def against_place(
     theirs = [] if public is None else public["num_experts"].tolist()
     scale_x(figure.axes[-1], sorted({*places, *theirs}), asked["scale"])
     off_the_axes(upper, lower, rows, out)
-    n = " to ".join(str(each) for each in {rows["n"].min(): 0, rows["n"].max(): 0})
-    told = "\nbars below: 95 % intervals, all at once" if rows["difference_low"].notna().any() else ""
-    told += "; arrows: beyond the axis" if cut else ""
-    told += "; hollow: published" if any(arm in papers for arm in rows["arm"]) else ""
     figure.axes[-1].set_xlabel(asked["axis"])
-    figure.supxlabel(f"n = {n} seeds; bars and bands above: ± 1 standard deviation{told}", fontsize=6)
+    figure.supxlabel(told(rows, bool(cut or out.any()), any(arm in papers for arm in rows["arm"])), fontsize=6)
     legend_above(figure, upper)
     figure.align_ylabels()
+
+
+def told(rows: Any, beyond: bool, hollow: bool) -> str:
+    """n, and what is drawn besides lines and marks."""
+    spread = rows.loc[rows["test_ce_deviation"].notna(), "x"]
+    above = ["bars (where longer than marks)"] * bool(spread.notna().any()) + ["bands"] * bool(spread.isna().any())
+    parts = [f"n = {numbers(rows['n'])} {plural('seed', int(rows['n'].max()))}"]
+    parts += ["bars below: 95 % intervals, all at once"] * bool(rows["difference_low"].notna().any())
+    parts += ["arrows: beyond the axis"] * beyond + ["hollow: published"] * hollow
+    parts += [f"{' and '.join(above)} above: ± 1 standard deviation"] * bool(above)
+    return broken("; ".join(part.replace(" ", "\u00a0") for part in parts), 80)
 
 
 def losses(axes: Axes, own: pd.DataFrame, look: dict[str, Any], label: str) -> None:
@@ -91,7 +98,8 @@ def off_the_axes(upper: Axes, lower: Axes, rows: pd.DataFrame, out: pd.Series) -
         points = []
         for x, y, label in rows.loc[out, ["x", figure, "label"]].itertuples(index=False):
             placed = x == x  # else a level line
-            points.append((x if placed else axes.get_xlim()[0], y, ("" if placed else f"{label} ") + format(y, form)))
+            text = f"{f'at {x:g}:' if placed else label} {format(y, form)}"
+            points.append((x if placed else axes.get_xlim()[0], y, text))
         numbers_at_the_ends(axes, points)
 
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from analysis.arms import Arm
-from analysis.figures import explain, numbers, token_unit
+from analysis.figures import explain, of_bands, token_unit
 from analysis.inside import Evaluation
-from analysis.layout import broken, legend_inside_or_above, save
+from analysis.layout import broken, legend_inside_or_above, numbers, save
 
 MOST_CURVES, MOST_BANDS, MOST_MAPS, MOST_TOKENS = 10, 4, 8, 16
 NAME = 9  # letters of a token in a map
@@ -33,8 +33,8 @@ def save_figures(
     few = f"\n{len(routed)} of {len(every)} arms with experts" if len(routed) < len(every) else ""
     bands = len(routed) <= MOST_BANDS  # of more, one hides the other
     lines = {arm: {**arms[arm].look, "label": arms[arm].label, "band": bands} for arm in routed}
-    of_bands = "; bands: ± 1 standard deviation" if bands else ""
-    seeds = numbers(figures.loc[figures["arm"].isin(routed)].groupby("arm")["seed"].nunique())
+    seeds = figures.loc[figures["arm"].isin(routed)].groupby("arm")["seed"].nunique()
+    said = f"lines: mean over seeds (n = {numbers(seeds)}){of_bands(seeds.max()) if bands else ''}"
     draw = {"frequency": _frequency, "load": _load, "settling": _settling}
     drawn = []
     with context(["default", style["matplotlib"]]):
@@ -44,7 +44,7 @@ def save_figures(
             if plot(axes, figures, lines, pairs):
                 legend_inside_or_above(figure, axes)
                 under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
-                explain(figure, f"lines: mean over seeds (n = {seeds}){of_bands}{under}{few}")
+                explain(figure, f"{said}{under}{few}")
                 save(figure, folder, f"explain_{name}")
                 drawn.append(name)
         save(_maps({arm: evaluations[arm] for arm in every[:MOST_MAPS]}, arms, len(every)), folder, "explain_map")

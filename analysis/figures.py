@@ -10,23 +10,31 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
-from analysis.layout import arrows, broken, far_off, legend_inside_or_above, save, span
+from analysis.layout import arrows, broken, far_off, legend_inside_or_above, numbers, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
+from analysis.summary import floors
 from analysis.tables import leaky, reference_of
 
 MOST_CURVES = 8
 SHOWS = {
-    "curves": "learning curves, mean over seeds ± standard deviation",
-    "differences": "differences with their intervals",
-    "against": "losses and differences against their place, with intervals",
+    "curves": "learning curves, mean over seeds",
+    "differences": "differences to the reference",
+    "against": "losses and differences against their place",
 }
 
 
 def save_figure(
-    study: Study, frame: pd.DataFrame, style: dict, asked: dict[str, Any], folder: Path, public: pd.DataFrame | None
+    study: Study,
+    frame: pd.DataFrame,
+    style: dict,
+    asked: dict[str, Any],
+    folder: Path,
+    public: pd.DataFrame | None,
+    floor: float,
 ) -> str:
-    """Draw folder/figure.png and figure.pdf; say what they show. public: curves to lay under an `against` figure.
+    """Draw folder/figure.png and figure.pdf; say what they show. public: curves to lay under an `against` figure;
+    floor: of noise between two runs, NaN if unknown.
 
     The same study is the same bytes: no dates, and style's settings over matplotlib's own instead of the reader's.
     """
@@ -41,7 +49,7 @@ def save_figure(
         if kind == "curves":
             learning_curves(figure, study, frame, arms, curves(tables, references(arms, asked)))
         elif kind == "differences":
-            points(figure, frame, arms, papers)
+            points(figure, frame, arms, papers, floor)
         else:
             against_place(figure, frame, arms, asked, papers, public, style)
         save(figure, folder, "figure")
@@ -94,7 +102,7 @@ def learning_curves(
     figure.axes[-1].set_xlabel(f"training tokens ({unit})")
     figure.axes[-1].xaxis.set_major_locator(MaxNLocator(5))
     of_paper = "\nhollow: published, at the same share of its training" if theirs else ""
-    explain(figure, f"lines: mean over seeds (n = {n}); bands: ± 1 standard deviation{of_paper}")
+    explain(figure, f"lines: mean over seeds (n = {n}){of_bands(int(frame['n'].to_numpy().max()))}{of_paper}")
     figure.align_ylabels()
 
 
@@ -108,30 +116,41 @@ def explain(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=6)
 
 
-def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: dict[str, tuple[float, str]]) -> None:
-    """Each arm's difference to its reference on test, the best on top, with interval, and the paper's as a hollow mark.
+def of_bands(n: int) -> str:
+    """That bands stand about lines, if n, the most seeds of one, is more than 1."""
+    return "; bands: ± 1 standard deviation" if n > 1 else ""
+
+
+def points(
+    figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: dict[str, tuple[float, str]], floor: float
+) -> None:
+    """Each arm's difference to its reference on test, the best on top, with interval, and the paper's as a hollow mark;
+    about 0 in grey the noise floor of those below it.
 
     The axis is layout.span's of the arms that see no future in evaluation; of others that lie outside stands the
     number, and arrows where an interval goes on.
     """
-    rows = frame.loc[~frame["reference"] & frame["difference_mean"].notna()]
+    rows = frame.assign(floor=floors(frame, floor)).loc[~frame["reference"] & frame["difference_mean"].notna()]
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
     fewer = rows["n"] < rows["n"].max()
     labels = [broken(f"{row.label} (n = {row.n})" if few else row.label) for row, few in zip(rows.itertuples(), fewer)]
     figure.set_size_inches(3.4, 1.2 + (0.2 if any("\n" in label for label in labels) else 0.15) * len(rows))
     ends = rows.loc[~leaky(rows)]
     theirs = [papers[arm][0] for arm in ends.loc[~far_off(ends), "arm"] if arm in papers]
-    low, high = span(ends, *theirs)
+    noise = rows.loc[rows["below_floor"], "floor"]
+    low, high = span(ends, *theirs, *noise, *-noise)
     limits, cut = (low - 0.05 * (high - low), high + 0.05 * (high - low)), False
     axes = figure.subplots()
     axes.set_xlim(*limits)
     axes.axvline(0, color="0.35", linewidth=0.7, linestyle=":")
+    axes.barh(noise.index, 2 * noise, left=-noise, height=0.6, color="0.88")
     for place, row in rows.iterrows():
         mean, look = row["difference_mean"], arms[row["arm"]].look
         if not low <= mean <= high:
             note: dict[str, Any] = {"va": "center", "fontsize": 6.5, "ha": "left" if mean < low else "right"}
             note["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # clear of the line at 0
             axes.text(low if mean < low else high, place, f"← {mean:+.3g}" if mean < low else f"{mean:+.3g} →", **note)
+            cut = True
             continue
         if row["arm"] in papers:
             axes.plot(papers[row["arm"]][0], place, "o", color="0.2", fillstyle="none", markersize=5.5)
@@ -156,6 +175,7 @@ def points(figure: Figure, frame: pd.DataFrame, arms: dict[str, Arm], papers: di
     axes.set_xlabel(broken(f"test loss minus that of {reference_of(frame)} (nats\u00a0per\u00a0token)", 26))
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
     told = ("; arrows: beyond the axis" if cut else "") + ("\nhollow: published, in its own setting" if theirs else "")
+    told += f"\ngrey: below the noise floor (of two single runs {floor:.4f} nats, 95 %)" if len(noise) else ""
     explain(figure, f"{bars}n = {numbers(rows['n'])}{told}")
 
 
@@ -163,8 +183,3 @@ def over_seeds(losses: pd.Series) -> pd.DataFrame:
     """Mean and deviation of `losses`, indexed by (seed, tokens), where all seeds have one."""
     by_seed = losses.dropna().unstack("seed").dropna()
     return pd.DataFrame({"mean": by_seed.mean(axis=1), "deviation": by_seed.std(axis=1).fillna(0.0)})
-
-
-def numbers(counts: pd.Series) -> str:
-    """3, or 2 to 3."""
-    return " to ".join(str(count) for count in {int(counts.min()): 0, int(counts.max()): 0})

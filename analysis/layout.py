@@ -13,6 +13,11 @@ MOST_INSIDE = 4  # entries of a legend that leave room for curves
 LETTER, HANDLE = 0.047, 0.45  # inches: about a letter's width in such a legend, and all that stands beside its text
 
 
+def numbers(counts: pd.Series) -> str:
+    """3, or 2 to 3."""
+    return " to ".join(str(count) for count in {int(counts.min()): 0, int(counts.max()): 0})
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
     """folder/<name>.png and .pdf, the same bytes each time."""
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})

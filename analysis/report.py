@@ -35,9 +35,10 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     study = read_study(name, runs, places, grouping(style, asked))
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
-    behind.write(behind.behind(study, runs, results, style, asked), folder / "runs.csv")
+    found = behind.behind(study, runs, results, style, asked)
+    behind.write(found, folder / "runs.csv")
     printed, frame = write_tables(folder, style, runs)
-    shows = save_figure(study, frame, style, asked, folder, public)
+    shows = save_figure(study, frame, style, asked, folder, public, found["noise_floor"].iloc[0])
 
     where = f"{tables_at(folder)}\n"
     where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"

@@ -67,15 +67,17 @@ def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFr
         row["variance_ratio"], row["noisy"] = noisy.get(name, (np.nan, False))
         rows.append(row)
     frame = beside_references(pd.DataFrame(rows))
+    frame["below_floor"] = frame["difference_mean"].abs() < floors(frame, runs["noise_floor"].iloc[0])
+    return frame
+
+
+def floors(frame: pd.DataFrame, floor: float) -> list[float]:
+    """Of each row's difference the noise floor, of means over as many runs; NaN without one. floor: of single runs."""
     n: dict[str, int] = dict(zip(frame["arm"], frame["n"]))
-    floors = [
-        floor_of_means(runs["noise_floor"].iloc[0], [1, -1], [n[arm], n[reference]])
-        if n[arm] and n.get(reference)
-        else np.nan
+    return [
+        floor_of_means(floor, [1, -1], [n[arm], n[reference]]) if n[arm] and n.get(reference) else np.nan
         for arm, reference in zip(frame["arm"], frame["reference_arm"])
     ]
-    frame["below_floor"] = frame["difference_mean"].abs() < floors
-    return frame
 
 
 def model_of(

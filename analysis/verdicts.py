@@ -29,6 +29,19 @@ REPEATS = "noise_floor"  # the sweep of one run repeated
 FLOOR = "the noise floor: how far a figure may differ where the same runs are repeated (sweeps=noise_floor, 95 %). "
 FLOOR += "(below noise floor): a figure is past its bound by less; (noise floor): it is above the margin, and that two "
 FLOOR += "methods are equal cannot be told"
+FIGURES = (
+    "[low, high]: the 95 % t-interval of that figure alone (of a range, of the arms found worst and best), by the "
+)
+FIGURES += (
+    "scatter that its line names; those of tables hold for all at once. p for, p against: one-sided, of what the part "
+)
+FIGURES += (
+    "expects and of its opposite (of a range by Tukey's test, and that all are within the margin), corrected for no "
+)
+FIGURES += (
+    "other part; 1 unless the figure is past its bound by the noise floor. A claim's p, before Holm's correction: "
+)
+FIGURES += "twice its largest p for, or its smallest p against times its parts if that is less"
 COLUMNS = ["id", "arm", "seed", "outcome"]
 
 
@@ -127,6 +140,7 @@ def printed(verdicts: list[Verdict], scale: str, level: float, margin: float) ->
         lines += wrap(f"not run at scale {scale}: {', '.join(asked)}", 116, subsequent_indent="  ")
         lines.append(f"  python run.py -m sweeps=NAME scale={scale}")
     if any(not part.unrun for each in verdicts for part in each.parts):
+        lines += wrap(FIGURES, 116, break_on_hyphens=False)
         lines += wrap(f"the margin: {margin:g} nats, within which two methods are called equivalent; {FLOOR}", 116)
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ from benchmarks.timing import Row, command, device_of, folder_of, in_millisecond
 from routers.assignment import balanced_assignment
 from routers.fast_assignment import replayed_assignment
 
+TIME = "ms, of the slowest kind of scores"
+
 
 def main(words: list[str] | None = None) -> None:
     args = options(words)
@@ -30,10 +32,16 @@ def main(words: list[str] | None = None) -> None:
                 rows += one_kind(kind, each.to(device), args, device)
     report("assignment", rows, args, device)
     if len(args.tokens) > 1:
-        slowest: dict[tuple[str, int, int], Row] = {}
-        for row in sorted(rows, key=lambda row: row["ms"]):
-            slowest[row["solver"], row["E"], row["T"]] = row | {"which": f"{row['solver']}, {row['E']} experts"}
-        plot([slowest[key] for key in sorted(slowest)], "T", "ms", "which", folder_of(args, device) / "assignment.png")
+        draw(rows, folder_of(args, device) / "assignment.png")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """The slowest kind's time over tokens, a line for each solver and number of experts."""
+    slowest: dict[tuple[str, int, int], Row] = {}
+    for row in sorted(rows, key=lambda row: row["ms"]):
+        which = {"which": f"BASE's {row['solver']} solver, {row['E']} experts", TIME: row["ms"]}
+        slowest[row["solver"], row["E"], row["T"]] = row | which
+    plot([slowest[key] for key in sorted(slowest)], "T", TIME, "which", path)
 
 
 def options(words: list[str] | None) -> Namespace:

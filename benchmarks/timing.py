@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from training.threads import start_again_to_wait_briefly
 
 LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "numpy", "scipy")
 AXES = {"T": "tokens", "E": "experts", "x dense": "time over dense", "layers": "sparse layers"}
-AXES |= {"length": "sequence length in tokens, at equal tokens a step", "over the first": "tokens/s over the first arm"}
+AXES |= {
+    "length": "sequence length in tokens, at equal tokens a step",
+    "over the first": "tokens/s over those of {first}",
+}
 GRAPH = ", CUDA graph"  # ends the name of a candidate that is replayed as one
 Row = dict[str, Any]
 
@@ -198,9 +202,20 @@ def plain(name: str) -> str:
     return name.removesuffix(GRAPH)
 
 
+def path_changes(rows: list[Row], x: str, label: str) -> list[tuple[tuple[float, str], ...]]:
+    """(x, path) on both sides of each place where a label's rows change theirs, once for all labels."""
+    own: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        if row.get("path"):
+            own.setdefault(row[label], []).append((row[x], row["path"]))
+    pairs = (pair for points in own.values() for pair in pairwise(sorted(points)))
+    return [*dict.fromkeys((one, other) for one, other in pairs if one[1] != other[1])]
+
+
 def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
     """Lines of y over x, one for each label, dashed in the same colour as a CUDA graph; x is logarithmic, y where it
-    spans a decade. level: a dotted line, in the place of what lies on it everywhere."""
+    spans a decade. level: a dotted line, in the place of what lies on it everywhere. Where the path that a label's rows
+    name becomes another stands an upright line."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes, values, lines = figure.subplots(), [row[y] for row in rows if y in row], {}
     for row in rows:
@@ -213,8 +228,11 @@ def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float |
         axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, **look)
     if level is not None:
         axes.axhline(level, color="0.35", linewidth=0.7, linestyle=":")
+    for (low, before), (high, after) in path_changes(rows, x, label):
+        told = f"auto (ours): {before} left, {after} right"
+        axes.axvline((low * high) ** 0.5, color="0.35", linewidth=0.9, linestyle="-.", label=told)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel=AXES.get(x, x), ylabel=AXES.get(y, y))
+    axes.set(xlabel=AXES.get(x, x), ylabel=AXES.get(y, y).format(first=rows[0][label]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     axes.xaxis.set_major_locator(FixedLocator(sorted({row[x] for row in rows})))
     if max(values) > 10 * min(values):

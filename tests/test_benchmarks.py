@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import agree, assignment, layer, prepare, step, sweep
 from benchmarks.ffns import Problem, Way, error_of, gradients, reference, stacked, unstacked
 from benchmarks.scores import of_a_run, routed_run
-from benchmarks.timing import interleaved, saved_bytes
+from benchmarks.timing import interleaved, plot, saved_bytes
 from tests.conftest import ROOT, compose_config
 from training.job import FINISHED, run
 
@@ -81,6 +82,22 @@ def test_steps_of_several_arms_are_timed_side_by_side(tiny, tmp_path):
     rows = written(tmp_path, "step-smoke-over-length")
     assert [(row["length"], row["arm"]) for row in rows] == [(n, arm) for n in (16, 32) for arm in ("dense", "base")]
     assert all(row["tokens/s"] > 0 and row["syncs"] is None for row in rows)
+
+
+def test_a_plot_names_its_first_arm_and_marks_where_the_path_changes(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    paths = {2: "grouped_mm", 4: "grouped_mm", 16: "fused"}
+    rows = [{"layers": n, "arm": "dense", "over the first": 1.0, "path": None} for n in paths]
+    rows += [{"layers": n, "arm": "a", "over the first": 0.9, "path": path} for n, path in paths.items()]
+    rows += [{"layers": n, "arm": "b", "over the first": 0.8, "path": path} for n, path in paths.items()]
+    rows += [{"layers": n, "arm": "c:loop", "over the first": 0.7, "path": "loop"} for n in paths]
+    plot(rows, "layers", "over the first", "arm", tmp_path / "any.png", level=1)
+    (axes,) = drawn[0].axes
+    assert axes.get_ylabel() == "tokens/s over those of dense"
+    marked = [line for line in axes.lines if str(line.get_label()).startswith("auto")]
+    assert [line.get_label() for line in marked] == ["auto (ours): grouped_mm left, fused right"]
+    assert list(marked[0].get_xdata()) == [8, 8]  # half way from 4 to 16 on the logarithm
 
 
 def test_an_arm_whose_step_is_not_the_loop_s_is_not_timed(tiny, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_an_arm_that_collapsed_is_a_number_at_the_axis_end_and_presses_no_other_
     assert "Switch, coef 1, whose variance is another (p < 0.001), has no part in it" in printed
     frame = table_of(tmp_path, "load_balance")
     assert list(frame["alone"]) == [False] * 4 + [True] and frame.loc["switch_coef_0", "separated"]
-    for axes, text in zip(drawn["axes"], ("6.50 ↑", "+1.3 ↑")):
+    for axes, text in zip(drawn["axes"], ("at 1: 6.50 ↑", "at 1: +1.3 ↑")):
         assert [each.get_text() for each in axes.texts] == [text]
         low, high = axes.get_ylim()
         assert high - low < 0.2
@@ -185,6 +185,50 @@ def test_where_all_are_tested_alone_none_is_far_off(tmp_path, monkeypatch):
     upper, lower = drawn["axes"]
     assert not upper.texts and not lower.texts
     assert lower.get_ylim()[1] > 0.1 and upper.get_ylim()[1] > 5.3
+
+
+def caption(tmp_path, monkeypatch, sweep: str, arms, seeds: int) -> str:
+    """What stands under the figure of a sweep of these arms."""
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(said=figure.get_supxlabel()))
+    runs = tmp_path / f"{sweep}-{len(arms)}-{seeds}"
+    cells = [(arm, seed, 5.2 + 0.01 * place + 0.1 * seed) for place, arm in enumerate(arms) for seed in range(seeds)]
+    write_sweep(runs, [write_run(runs, *cell) for cell in cells], sweep)
+    report(sweep, runs, tmp_path / "results")
+    return drawn["said"].replace("\u00a0", " ")
+
+
+def test_under_a_figure_stand_only_the_bars_and_bands_that_it_has(tmp_path, monkeypatch):
+    said = {seeds: caption(tmp_path, monkeypatch, "quickstart", ("dense", "switch"), seeds) for seeds in (1, 2)}
+    assert said[1] == "lines: mean over seeds (n = 1)"
+    assert said[2] == "lines: mean over seeds (n = 2); bands: ± 1 standard deviation"
+    placed = ("switch_16", "hash_balanced_16", "switch_32", "hash_balanced_32")
+    assert caption(tmp_path, monkeypatch, "modules", placed, 1) == "n = 1 seed; hollow: published"
+    bars = caption(tmp_path, monkeypatch, "modules", placed, 2)
+    assert "\nbars (where longer than marks) above: ± 1 standard deviation" in bars
+    assert "n = 2 seeds; bars below: 95 % intervals" in bars and "bands" not in bars
+    level = caption(tmp_path, monkeypatch, "modules", ("dense", *placed), 2)
+    assert "bars (where longer than marks) and bands above: ± 1 standard deviation" in level
+
+
+def test_the_figure_of_repeats_has_the_noise_floor(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(figure=figure))
+    runs, losses = tmp_path / "runs", (5.0, 5.002, 5.004)
+    cells = [write_run(runs, f"hash_balanced_repeat_{number}", 0, ce) for number, ce in enumerate(losses)]
+    write_sweep(runs, cells, "noise_floor")
+    report("noise_floor", runs, tmp_path / "results")
+    (axes,) = drawn["figure"].axes
+    floor = 0.002 * 4.302653 * 2**0.5  # deviation, t(0.975, 2)
+    ends = [(each.get_x(), each.get_x() + each.get_width()) for each in axes.patches]
+    assert ends == [pytest.approx((-floor, floor), abs=1e-6)] * 2
+    assert axes.get_xlim()[0] < -floor and axes.get_xlim()[1] > floor
+    assert "(of two single runs 0.0122 nats, 95 %)" in drawn["figure"].get_supxlabel()
+
+
+def test_no_two_methods_have_colour_and_marker_in_common():
+    looks = [(look["color"], look["marker"]) for look in load("style")["arms"].values()]
+    assert len(set(looks)) == len(looks)
 
 
 def test_numbers_of_what_lies_beyond_an_axis_stand_one_below_the_other_and_clear_of_its_ends():
@@ -509,7 +553,7 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
     for folder in folders:
         (folder / "checkpoints" / "step-200").mkdir(parents=True)
     printed = report("many", runs, tmp_path / "results")
-    assert "differences with their intervals" in printed
+    assert "differences to the reference" in printed
     assert "seer ‡" in printed
     assert "‡ routes by what comes after a token" in printed
     assert "training.sample" in printed

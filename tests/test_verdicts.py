@@ -261,6 +261,18 @@ def test_p_of_c1_by_hand(main, base, verdict, p):
     assert found.parts[0].p_against == pytest.approx(tail((main - 0.008) / 0.001 * 5**0.5, 10), rel=1e-6)
 
 
+def test_the_interval_that_is_printed_is_of_that_figure_alone_as_the_legend_says():
+    """0.004, its standard error 0.001 / sqrt 5 on 10 degrees of freedom, where t is 2.2281 at 97.5 %."""
+    main = {
+        f"{arm}_{x}": own
+        for x in PLACES
+        for arm, own in (("hash_balanced", steps_of(0.004, 0.001)), ("switch", np.zeros(3)))
+    }
+    said = " ".join(printed([verdict_of("C1", {"main": main})], "smoke", 0.05, 0.008).split())
+    assert said.count("+0.0040 [+0.0030, +0.0050] nats, n = 3") == len(PLACES)
+    assert "[low, high]: the 95 % t-interval of that figure alone" in said and "p for, p against: one-sided" in said
+
+
 def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdict:
     """By what is taken from the loss: of clustered for the first two, of random for dispersed."""
     arms = {"hash_clustered": np.zeros(3), "hash_balanced": -balanced, "hash_random": -random}
