@@ -67,7 +67,8 @@ def told(rows: Any, beyond: bool, hollow: bool) -> str:
     spread = rows.loc[rows["test_ce_deviation"].notna(), "x"]
     above = ["bars (where longer than marks)"] * bool(spread.notna().any()) + ["bands"] * bool(spread.isna().any())
     parts = [f"n = {numbers(rows['n'])} {plural('seed', int(rows['n'].max()))}"]
-    parts += ["bars below: 95 % intervals, all at once"] * bool(rows["difference_low"].notna().any())
+    below = rows.loc[rows["x"].notna(), "difference_low"].notna().any()
+    parts += ["bars below: 95 % intervals, all at once"] * bool(below)
     parts += ["arrows: beyond the axis"] * beyond + ["hollow: published"] * hollow
     parts += [f"{' and '.join(above)} above: ± 1 standard deviation"] * bool(above)
     return broken("; ".join(part.replace(" ", "\u00a0") for part in parts), 80)

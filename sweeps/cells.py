@@ -1,5 +1,6 @@
 """What a sweep's table compares: runs under their arms' labels and seeds, by which a report has to tell them apart."""
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -11,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from analysis.arms import repeated
 from sweeps.composing import Composer
 from sweeps.plan import Planned
-from training.settings import LABEL
 from training.start import is_called
 
 Cell = tuple[str, int, str]  # arm, seed and the run's name
@@ -26,7 +26,9 @@ def cells_of(planned: Sequence[Planned], arm_of: Callable[[Planned], str] | None
     for place, job in enumerate(planned):
         starts = {later.settings.train.init_from or "" for later in planned[place + 1 :] if later.settings} - {""}
         own, folder = job.settings, str(job.run.folder) if job.run else None
-        if own and folder not in starts and not any(is_called(own, start) for start in starts):
+        if own is None or folder in starts:
+            continue
+        if not any(is_called(own, start) for start in starts - {own.train.init_from}):
             found.setdefault((arm_of(job) if arm_of else own.arm, own.seed, job.name), job)
     return found
 
@@ -40,7 +42,8 @@ def require_apart(planned: Sequence[Planned], compose: Composer) -> None:
     (arm, seed), (one, other, *_) = next(iter(alike.items()))
     first, second = (shlex.join(differing(job, [one, other])) for job in (one, other))
     name = naming(planned, [*alike.values()], compose)
-    remedy = f"to name an arm for each add {shlex.quote(name)}" if name else f"make a sweep of each: {first} sweep=NAME"
+    remedy = f"make a sweep of each, {first} sweep=NAME and {second} sweep=OTHER"
+    remedy = f"to name an arm for each add {shlex.quote(name)}" if name else remedy
     twice = f"{arm} would have seed {seed} twice, with {first} and with {second}"
     raise ValueError(f"{twice}, and a report takes a seed of an arm once; {remedy}")
 
@@ -72,7 +75,7 @@ def naming(planned: Sequence[Planned], alike: list[list[Planned]], compose: Comp
     for word in (f"arm={label}{end}", f'arm="{label}{end}"', f'arm="{label}${{if_routed:{end}}}"'):
         with suppress(HydraException, OmegaConfBaseException):
             cells = cells_of(valid, lambda job, word=word: str(compose.config([*job.words, word]).arm))
-            if all(LABEL[1](arm) for arm, _, _ in cells) and not several(cells):
+            if all(fits(arm) for arm, _, _ in cells) and not several(cells):
                 arms[word] = len({arm for arm, _, _ in cells})
     return min(arms, key=lambda word: arms[word], default="")
 
@@ -83,6 +86,11 @@ def value_of(key: str, jobs: Sequence[Planned], compose: Composer) -> str:
     for value in (f"${{{key}}}", f"${{{key}.0}}", f"${{hydra:runtime.choices.{key}}}"):
         with suppress(HydraException, OmegaConfBaseException):
             found = {str(compose.config([*job.words, f"arm={value}"]).arm) for job in jobs}
-            if all(map(LABEL[1], found)):
+            if all(map(fits, found)):
                 return value
     return ""
+
+
+def fits(label: str) -> bool:
+    """Whether it reads well as an arm's label and a folder's name."""
+    return re.fullmatch(r"[\w.+-]+", label) is not None

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sweeps.job import Job, duration
+from training.threads import cores
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Queue:
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # at import; CUDA's own would spoil it for forks
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # it starts threads at import; what has threads should not fork
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // len(self.slots)))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // len(self.slots)))
         for each in (signal.SIGINT, signal.SIGTERM):  # the server inherits that: only this process stops jobs, also if
             signal.signal(each, signal.SIG_IGN)  # Ctrl-C or a cluster signals the whole group
         forkserver.set_forkserver_preload([*self.preload, self.target.__module__])

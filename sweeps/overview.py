@@ -2,7 +2,6 @@
 
 import functools
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
 
+from sweeps.cells import require_apart
 from sweeps.composing import jobs_of
 from sweeps.dry_run import counted
 from sweeps.estimate import Pace, cost
@@ -25,6 +25,7 @@ from training.build import find_data
 from training.compose import ROOT
 from training.identity import provisional_id
 from training.targets import one_line
+from training.threads import cores
 
 STATES = ("done", "running", "failed", "left")
 
@@ -45,6 +46,8 @@ def standing_of(name: str, words: list[str]) -> Standing:
         plan = Plan(compose, find_data)
         for each in jobs:
             plan.check(each)
+        if not plan.errors():
+            require_apart(plan.jobs, compose)
         plan.open()
         valid = [(job.settings, job.run) for job in plan.jobs if job.settings]
         pace = pace_of(valid[0][0].runs) if valid else None
@@ -88,7 +91,7 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
         raise ValueError(first.wrong[0].removeprefix(f"{first.name}: "))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+    with ProcessPoolExecutor(cores(), context) as pool:
         backwards, terminal = list(reversed(names)), Console(stderr=True)  # tune, the longest, first
         found, quiet = pool.map(standing_of, backwards, [words] * len(names)), not terminal.is_terminal
         every = list(track(found, "counting jobs", len(names), console=terminal, transient=True, disable=quiet))[::-1]

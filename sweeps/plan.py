@@ -127,7 +127,7 @@ class Plan:
 
 def errors(planned: Sequence[Planned]) -> list[str]:
     """A line an invalid job: the overrides that set it apart, and what is wrong; one alone if that is wrong of all."""
-    if len(said := {job.error for job in planned}) == 1:
+    if len(said := {job.error for job in planned}) < 2:
         return [*filter(None, said)]
     common = set.intersection(*(set(job.words) for job in planned))
     lines = []

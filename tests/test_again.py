@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import compose_config
 
 from training.again import main
@@ -22,8 +23,9 @@ def changed(folder, name, **figures):
 
 
 def test_a_run_trained_again_has_the_same_bits_here_and_says_what_is_another(finished, tmp_path, capsys):
-    words = [str(finished), f"--into={tmp_path}/again"]
-    assert main(words) == 0
+    words, threads = [str(finished), f"--into={tmp_path}/again"], torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert main(words) == 0 and torch.get_num_threads() == threads
     printed = capsys.readouterr().out
     assert "another" not in printed and printed.endswith("within the tolerance of 0.015 nats\n")
     assert printed.count(" now, +0 nats") == 2

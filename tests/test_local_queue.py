@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from sweeps.job import Job, duration
 from sweeps.job_queue import Queue
+from training import threads
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED_BY = os.getpid()
@@ -223,14 +224,22 @@ def test_a_slot_is_a_visible_gpu_times_jobs_per_gpu_or_else_the_cpu(monkeypatch)
     launcher = importlib.import_module("hydra_plugins.local_queue").LocalQueue(2, 3, 20)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("auto")] == ["0", "1", "0", "1"]
-    assert launcher.slots("cpu") == [{}] * 3
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("auto", 1)] == ["0", "1", "0", "1"]
+    assert launcher.slots("cpu", 1) == [{}] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("cuda")] == ["5", "7", "5", "7"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.slots("cuda", 1)] == ["5", "7", "5", "7"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert launcher.slots("auto") == [{}] * 3
-    one_a_core = type(launcher)(2, None, 20)
-    assert one_a_core.slots("cpu") == [{}] * len(os.sched_getaffinity(0))
+    assert launcher.slots("auto", 1) == [{}] * 3
+    assert type(launcher)(2, None, 20).slots("cpu", 5) == [{}] * 5
+
+
+@pytest.mark.parametrize(("share", "expected"), [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), ("", 8)])
+def test_a_container_s_share_of_the_cores_is_what_counts(share, expected, tmp_path, monkeypatch):
+    if share:
+        (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(threads, "SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    assert threads.cores() == expected
 
 
 def multirun(folder: Path, *overrides: str) -> subprocess.CompletedProcess:

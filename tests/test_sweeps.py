@@ -21,7 +21,7 @@ from sweeps.cells import cells_of, require_apart
 from sweeps.composing import jobs_of
 from sweeps.estimate import Pace, cost
 from sweeps.overview import overview
-from sweeps.plan import Plan, jobs_to_run
+from sweeps.plan import Plan, errors, jobs_to_run
 from training.build import open_data
 from training.identity import digest_of, provisional_id
 from training.preflight import read
@@ -224,8 +224,9 @@ def test_a_sweep_whose_runs_no_report_can_tell_apart_says_what_would(words, arm,
         require_apart(plan.jobs, plan.compose)
     said, seed = str(refused.value), 100 if "tune" in words else 0
     assert said.startswith(f"{arm} would have seed {seed} twice, with {one} and with ")
-    remedy = f"to name an arm for each add {shlex.quote(added)}" if added else f"make a sweep of each: {one} sweep=NAME"
-    assert said.endswith(f", and a report takes a seed of an arm once; {remedy}")
+    remedy = f"to name an arm for each add {shlex.quote(added)}" if added else f"make a sweep of each, {one} sweep=NAME"
+    assert f", and a report takes a seed of an arm once; {remedy}" in said
+    assert said.endswith(remedy if added else " sweep=OTHER")
     again = planned(*sweep, added or shlex.split(one)[0])
     require_apart(again.jobs, again.compose)
 
@@ -246,6 +247,12 @@ def test_jobs_of_one_run_and_runs_that_others_start_from_are_no_second_cell(tiny
     require_apart(plan.jobs, plan.compose)
     plan.open()
     require_apart(plan.jobs, plan.compose)
+    twice = planned(*tiny, "router=switch", f"train.init_from=null,'{runs}/switch-s0-*'", "train.lr=1,2")
+    with pytest.raises(ValueError, match="with train.lr=1 and with train.lr=2"):  # of those that start from the first
+        require_apart(twice.jobs, twice.compose)
+    epochs = planned(*tiny, "router=switch", "train.epochs=1", "train.steps=12,13")  # which epochs replace
+    require_apart(epochs.jobs, epochs.compose)
+    assert errors([]) == []
     ((arm, seed, run),) = cells_of(plan.jobs)
     assert (arm, seed, run) == ("switch", 0, plan.jobs[1].run.folder.name) and run != plan.jobs[0].run.folder.name
 

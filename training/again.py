@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +42,7 @@ def main(words: list[str] | None = None) -> int:
     if opened.prepared.fingerprint != said["data"]["fingerprint"]:
         short = opened.prepared.fingerprint[:12], said["data"]["fingerprint"][:12]
         raise ValueError(f"the text is another one: its fingerprint is {short[0]}..., that of the run {short[1]}...")
+    torch.set_num_threads(said.get("threads") or torch.get_num_threads())  # on which bits depend
     if status := run(config):
         return status
     for line in differing(said, json.loads((opened.folder / "provenance.json").read_text())):

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ def weights_of(folder: Path) -> Path:
         remedy = "the command that began it goes on with it"
         raise ValueError(f"{folder} is not finished and has saved no weights yet; {remedy}")
     why = "it was made without record.keep_weights=true, or comes from a pack"
-    remedy = f"python -m training.again {folder} record.keep_weights=true trains it once more"
+    remedy = f"python -m training.again {quote(str(folder))} record.keep_weights=true trains it once more, into again/"
     raise ValueError(f"{folder} has no weights, as {why}; {remedy}")
 
 

@@ -46,7 +46,10 @@ def digest_of(settings: Settings, data_fingerprint: str) -> str:
 
 def provisional_id(settings: Settings) -> str:
     """As digest_of, while the text is not prepared: equal for runs that will be equal."""
-    return digest_of(settings, repr((settings.data.corpus, settings.tokenizer, settings.train.epochs)))
+    epochs = settings.train.epochs  # from which steps will follow
+    if epochs is not None:
+        settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=0))
+    return digest_of(settings, repr((settings.data.corpus, settings.tokenizer, epochs)))
 
 
 def without_unused(content: dict[str, Any]) -> dict[str, Any]:

@@ -106,9 +106,6 @@ def _check_encoder(settings: Settings) -> None:
 def check_routers(settings: Settings, vocab_size: int | None, first: dict[str, Any] | None = None) -> None:
     """Every layer's router takes its options. vocab_size: None while the text has not said how large a dictionary is;
     then what depends on it is to be checked again. first: the settings of the run that router.baseline names."""
-    options = [key for key in settings.router if key != "_target_"]
-    if settings.router.get("_target_") is None and options:
-        raise ValueError(f"router._target_=null is a model without a router, which has no option {options[0]}")
     if settings.router.get("_target_") is None or (vocab_size is None and settings.router.get("file")):
         return
     if vocab_size is not None and settings.num_experts > vocab_size:

@@ -1,6 +1,5 @@
 """The resolved configuration as typed values with their rules. Defaults live in conf/ alone."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -46,8 +45,6 @@ def one_of(*known: str) -> Rule:
     return f"one of {', '.join(known)}", lambda value: value in known
 
 
-# what an arm's label and so its run folders are made of
-LABEL: Rule = "of letters, digits, _, ., + and - alone", lambda label: re.fullmatch(r"[\w.+-]+", label) is not None
 Count = Annotated[int, within(1)]
 FOLDER: Rule = "a folder that is there", lambda path: isdir(expanduser(path))
 
@@ -106,7 +103,7 @@ class WandbSettings:
 
 @dataclass
 class Settings:
-    arm: Annotated[str, LABEL]
+    arm: str
     scale: str
     sweep: str | None
     seed: Annotated[int, within(0)]

@@ -22,6 +22,7 @@ from sweeps.plan import Plan, Planned, jobs_to_run
 from training.build import find_data, open_data
 from training.folder import write_atomically
 from training.job import run
+from training.threads import cores
 from training.tuning import described
 
 # What a job imports only on its way, in about 3 s: run.py's part, the optimizer's, and wandb's.
@@ -30,12 +31,11 @@ COMPILER = ("torch._inductor.compile_fx",)  # another 3 s, of jobs with train.co
 
 
 class LocalQueue(Launcher):
-    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots (None: one a core); finished runs are
-    skipped."""
+    """One fresh process a job: jobs_per_gpu at once on each GPU, or cpu_slots (None: one a core of scale=smoke, whose
+    jobs are too small for several threads, else one); finished runs are skipped."""
 
     def __init__(self, jobs_per_gpu: int, cpu_slots: int | None, grace_seconds: float) -> None:
-        cpu_slots = len(os.sched_getaffinity(0)) if cpu_slots is None else cpu_slots
-        if min(jobs_per_gpu, cpu_slots) < 1:
+        if min(jobs_per_gpu, 1 if cpu_slots is None else cpu_slots) < 1:
             raise ValueError(f"jobs_per_gpu={jobs_per_gpu} and cpu_slots={cpu_slots} must be at least 1")
         self.jobs_per_gpu, self.cpu_slots, self.grace_seconds = jobs_per_gpu, cpu_slots, grace_seconds
 
@@ -47,7 +47,8 @@ class LocalQueue(Launcher):
         plan = Plan(compose, find_data if self.config.dry_run else open_data)
         for words in job_overrides:
             plan.check(words)
-        require_apart(plan.jobs, compose)
+        if not plan.errors():
+            require_apart(plan.jobs, compose)
         if self.config.dry_run:
             plan.open()
             raise SystemExit(dry_run.report(plan.jobs))
@@ -56,20 +57,21 @@ class LocalQueue(Launcher):
         plan.require_valid()
         jobs = jobs_to_run(plan.jobs)
         record(plan.jobs)
-        settings = plan.jobs[0].settings
-        assert settings is not None
+        settings = [job.settings for job in plan.jobs if job.settings]
+        slots = self.slots(settings[0].device, cores() if {each.scale for each in settings} == {"smoke"} else 1)
         preload = (*PRELOAD, *(COMPILER if any(job.config.train.compile for job in jobs) else ()))
-        queue = Queue(jobs, self.slots(settings.device), run, preload, self.grace_seconds)
+        queue = Queue(jobs, slots, run, preload, self.grace_seconds)
         if status := queue.run():
             raise SystemExit(status)
         return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=0) for overrides in job_overrides]
 
-    def slots(self, device: str) -> list[dict[str, str]]:
-        """The environment of each slot's jobs. Counting GPUs does not initialise CUDA."""
+    def slots(self, device: str, on_cpu: int) -> list[dict[str, str]]:
+        """The environment of each slot's jobs. on_cpu: slots where cpu_slots does not say. Counting GPUs does not
+        initialise CUDA."""
         gpus = [str(index) for index in range(0 if device == "cpu" else torch.cuda.device_count())]
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(gpus)]
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus * self.jobs_per_gpu] or [{}] * self.cpu_slots
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus * self.jobs_per_gpu] or [{}] * (self.cpu_slots or on_cpu)
 
 
 class LocalSweeper(BasicSweeper):
