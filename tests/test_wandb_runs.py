@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,10 @@ def trained(corpus, tmp_path_factory) -> Path:
         config = compose_config(*words, *own, "wandb.mode=offline")
         config.sweep = "pair"
         assert run(config) == FINISHED
+    files = list(runs.glob("*/wandb/*/*.wandb"))
+    until = time.time() + 60  # finish() may return a moment before wandb's own process has written all
+    while any(read_file(file).state != "finished" for file in files) and time.time() < until:
+        time.sleep(0.1)
     names = sorted(path.parent.name for path in runs.glob("*/result.json"))
     record = {"sweep": "pair", "scale": "smoke", "command": ["python", "run.py"], "runs": names}
     (runs / "sweeps").mkdir()
