@@ -252,6 +252,29 @@ def test_evaluating_is_no_training_time_from_the_first_one_on(tiny, monkeypatch)
     assert result["seconds"] == pytest.approx(100 * evaluations, abs=2)
 
 
+@pytest.mark.parametrize("name", ["dense", "hash_balanced", "switch", "loss_free_top_k", "base", "stable_moe"])
+def test_evaluating_by_the_graph_of_training_changes_no_bit(name, tiny):
+    model, _, opened, losses = trained(f"router={name}", *tiny)
+    modes = []
+
+    def noting(batch, plans):
+        modes.append((model.training, torch.is_grad_enabled(), *(r.training for r in model.routers.values())))
+        return losses(batch, plans)
+
+    def sums(graph: bool, as_in_training: bool) -> dict[str, torch.Tensor]:
+        counts = opened.prepared.token_counts
+        return evaluate(model, noting, opened.splits["test"], 4, counts, as_in_training, training_graph=graph)
+
+    for as_in_training in (False, True):
+        plain, by_graph = sums(False, as_in_training), sums(True, as_in_training)
+        assert all(torch.equal(value, by_graph[key]) for key, value in plain.items())
+        differ = any(router.trains_differently for router in model.routers.values())
+        assert set(modes[-1]) == {
+            as_in_training or not differ
+        }  # the mode in which training compiled its graph, or none
+    assert model.training and torch.is_grad_enabled()
+
+
 def test_a_loss_that_is_no_number_or_too_large_to_add_up_is_told_and_padding_s_is_not(tiny):
     model, _, opened, losses = trained("router=dense", *tiny)
     split, counts = opened.splits["validation"], opened.prepared.token_counts

@@ -41,13 +41,15 @@ def frequency_deciles(token_counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: Transformer, as_in_training: bool) -> Iterator[None]:
-    """Evaluation mode; as_in_training leaves the routers in training mode."""
-    model.eval()
+def evaluating(model: Transformer, as_in_training: bool, training_graph: bool = False) -> Iterator[None]:
+    """Evaluation mode, without gradients; as_in_training leaves the routers in training mode, training_graph all, with
+    gradients."""
+    model.train(training_graph)
     for router in model.routers.values():
-        router.train(as_in_training)
+        router.train(as_in_training or training_graph)
     try:
-        yield
+        with torch.set_grad_enabled(training_graph):
+            yield
     finally:
         model.train()
 
@@ -61,11 +63,13 @@ def evaluate(
     as_in_training: bool = False,
     windows: int | None = None,
     watch: Callable[[float], None] = lambda share: None,
+    training_graph: bool = False,
 ) -> dict[str, Tensor]:
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
     windows: over so many of the split alone, at even distances; None: over all. watch is told before each batch which
-    share is done.
+    share is done. training_graph: losses are compiled; where routers choose as in training, run as training does, for
+    the graph of evaluation mode would be another one, which takes a second to load, or ten to compile.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by
@@ -77,12 +81,13 @@ def evaluate(
     sums = {name: torch.zeros(2, size, dtype=torch.int64, device=device) for name, size in sizes.items()}
     experts = {layer: torch.zeros(len(counts) * width, dtype=torch.int64, device=device) for layer in model.routers}
     deciles, total = frequency_deciles(counts).to(device), torch.zeros((), dtype=torch.float64, device=device)
-    with torch.no_grad(), evaluating(model, as_in_training):
+    differ = not as_in_training and any(router.trains_differently for router in model.routers.values())
+    with evaluating(model, as_in_training, training_graph and not differ):
         of = -(-(min(windows, len(split)) if windows else len(split)) // batch_size)
         for number, batch in enumerate(evaluation_batches(split, batch_size, windows)):
             watch(number / of)
             moved, plans = model.prepare(batch.to(device))
-            ce, routings, _ = losses(moved, plans)
+            ce, choices = chosen(losses(moved, plans))
             nats = torch.where(moved.counted, ce.double(), 0.0)
             total += nats.sum()
             added = torch.stack([(nats / UNIT).round().long(), moved.counted.long()]).flatten(1)
@@ -90,10 +95,9 @@ def evaluate(
             for name, place in places.items():
                 for row, each in zip(sums[name], added, strict=True):
                     row.scatter_add_(0, place.flatten(), each)
-            for layer, routing in routings.items():
-                token = moved.routed(model.in_encoder).id.reshape(-1).index_select(0, routing.token)
-                served = (routing.weight > 0).long()
-                experts[layer] += count(token * width + routing.expert, len(experts[layer]), served)
+            for layer, (place, expert, served) in choices.items():
+                token = moved.routed(model.in_encoder).id.reshape(-1).index_select(0, place)
+                experts[layer] += count(token * width + expert, len(experts[layer]), served)
     result = {}
     for name, (nats, tokens) in sums.items():  # the host waits for the device here alone
         result |= {f"{name}_ce_sum": nats.cpu().double() * UNIT, f"{name}_tokens": tokens.cpu()}
@@ -102,6 +106,13 @@ def evaluate(
         result[f"load/{layer}"] = result[f"token_expert/{layer}"].sum(0)
     whole = result["document_ce_sum"].sum() if total < MOST else torch.tensor(math.nan, dtype=torch.float64)
     return result | {"ce_sum": whole, "tokens": result["document_tokens"].sum()}
+
+
+def chosen(losses: Losses) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor, Tensor]]]:
+    """Cross-entropy (B, S); by layer of each assignment its token, its expert, and whether it was served (1 or 0). None
+    of it holds on to what a backward pass would need."""
+    ce, routings, _ = losses
+    return ce.detach(), {layer: (r.token, r.expert, (r.weight > 0).long()) for layer, r in routings.items()}
 
 
 def mean_ce(sums: dict[str, Tensor]) -> float:

@@ -55,7 +55,7 @@ class Session:
         and ValueError if no token of these windows counts."""
         train, counts, text = self.run.settings.train, self.run.prepared.token_counts, self.run.splits[split]
         batch, began = train.micro_batch or train.batch_size, time.perf_counter()
-        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch)
+        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch, train.compile)
         self.evaluate_seconds += time.perf_counter() - began
         if not sums["tokens"]:
             raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
