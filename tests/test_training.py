@@ -252,6 +252,14 @@ def test_evaluating_is_no_training_time_from_the_first_one_on(tiny, monkeypatch)
     assert result["seconds"] == pytest.approx(100 * evaluations, abs=2)
 
 
+@pytest.mark.parametrize("path", ["grouped_mm", "loop"])
+def test_what_the_compiler_refuses_runs_uncompiled_and_says_so(path, tiny, capsys):
+    words = ["router=switch", *tiny, "train.compile=true", f"model.dispatch={path}"]
+    assert run(compose_config(*words)) == FINISHED
+    assert f"dispatch {path}, not compiled; " in capsys.readouterr().out
+    assert json.loads((folder_of(*words) / "provenance.json").read_text())["compiled"] is False
+
+
 @pytest.mark.parametrize("name", ["dense", "hash_balanced", "switch", "loss_free_top_k", "base", "stable_moe"])
 def test_evaluating_by_the_graph_of_training_changes_no_bit(name, tiny):
     model, _, opened, losses = trained(f"router={name}", *tiny)
@@ -379,13 +387,19 @@ def test_a_diverged_run_is_finished_as_diverged(tiny, monkeypatch):
     assert last.name == "00000004"
 
 
-def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch):
+def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch, capsys):
     words = ["router=dense", *tiny, "record.checkpoint_every=2"]
+
+    def failing(*_):
+        raise RuntimeError("what is wrong\n\nlong advice\n")
+
     with monkeypatch.context() as patched:
-        patched.setattr("training.session.evaluate", lambda *_: 1 / 0)
+        patched.setattr("training.session.evaluate", failing)
         assert run(compose_config(*words)) == FAILED
     folder = folder_of(*words)
-    assert "ZeroDivisionError" in (folder / "error.txt").read_text()
+    assert "failed: RuntimeError: what is wrong (traceback: " in capsys.readouterr().out
+    trace = (folder / "error.txt").read_text()
+    assert "in failing" in trace and trace.endswith("long advice\n\nRuntimeError: what is wrong\n")
     assert run(compose_config(*words)) == FINISHED
     assert not (folder / "error.txt").exists()
 

@@ -190,13 +190,19 @@ def compute_deterministically() -> None:
     inductor.deterministic = True  # does not choose kernels by their time
 
 
+def is_compiled(settings: Settings, model: Transformer, device: torch.device) -> bool:
+    """Whether the run asks for it, and neither runs a loop over experts, which waits for the device, nor F.grouped_mm
+    in float32, which the compiler refuses."""
+    refused = {"loop", *({"grouped_mm"} if precision(settings, device) == "float32" else ())}
+    return settings.train.compile and not (model.routers and model.path in refused)
+
+
 def make_losses(settings: Settings, model: Transformer, device: torch.device) -> Compute:
-    """evaluation.token_losses in the run's precision, compiled if the run asks for it and no loop over experts, which
-    waits for the device, is in it."""
+    """evaluation.token_losses in the run's precision, compiled as is_compiled says."""
     # router scores stay in float32 on purpose; the compiler would advise TensorFloat32
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     compute = token_losses
-    if settings.train.compile and not (model.routers and model.path == "loop"):
+    if is_compiled(settings, model, device):
         from torch._functorch import config
 
         # what our autograd functions do is in the graph: the next process may take it from the cache

@@ -103,10 +103,12 @@ def run(config: DictConfig) -> int:
         except Interrupted:
             print(f"stopped; the same command goes on with {opened.folder}")
             return INTERRUPTED
-        except Exception:  # whatever failed, its traceback is kept and the exit status says so
-            trace = traceback.format_exc()
+        except Exception as error:  # whatever failed, its traceback is kept and the exit status says so
+            trace, said = traceback.format_exc(), traceback.format_exception_only(error)[-1].splitlines()[0]
+            if trace.splitlines()[-1] != said:  # an error of several lines; the queue reads the last one
+                trace += f"{said}\n"
             (opened.folder / "error.txt").write_text(trace)
-            print(f"failed: {trace.splitlines()[-1]} (traceback: {opened.folder / 'error.txt'})")
+            print(f"failed: {said} (traceback: {opened.folder / 'error.txt'})")
             return FAILED
 
 
@@ -173,10 +175,11 @@ def _announcement(session: Session, again: bool) -> str:
     start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
     each = split.epochs(windows).items() if isinstance(split, MixedSplit) else ()
     parts = f" ({', '.join(f'{name} {epochs:.2f}' for name, epochs in each)})" if each else ""
+    plain = ", not compiled" if settings.train.compile and not session.origin["compiled"] else ""
     return (
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
-        f"{session.origin['dispatch']}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
+        f"{session.origin['dispatch']}{plain}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
         f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries{seen}"
         + (f"; going on after step {progress.step}" if progress.step else "")
         + ("; begun before, without a checkpoint: from the start" if again and not progress.step else "")

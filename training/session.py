@@ -17,7 +17,14 @@ from data.mixed_batches import MixedSplit
 from data.tokenizer import decode, load_tokenizer
 from models.transformer import Transformer
 from training import checkpoint
-from training.build import choose_device, compute_deterministically, make_losses, make_model, precision
+from training.build import (
+    choose_device,
+    compute_deterministically,
+    is_compiled,
+    make_losses,
+    make_model,
+    precision,
+)
 from training.evaluation import Compute, evaluate, mean_ce, text_figures
 from training.folder import require_space
 from training.loop import Diverged, Progress
@@ -55,7 +62,8 @@ class Session:
         and ValueError if no token of these windows counts."""
         train, counts, text = self.run.settings.train, self.run.prepared.token_counts, self.run.splits[split]
         batch, began = train.micro_batch or train.batch_size, time.perf_counter()
-        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch, train.compile)
+        compiled = is_compiled(self.run.settings, self.model, self.device)
+        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch, compiled)
         self.evaluate_seconds += time.perf_counter() - began
         if not sums["tokens"]:
             raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
@@ -163,5 +171,6 @@ def open_session(run: Run) -> Session:
         checkpoint.fit(model, checkpoint.weights_of(Path(settings.train.init_from)))
     freeze(model, settings.train.update)  # after loading, upon which a router may choose what it trains
     origin = provenance(run.prepared, model, device, precision(settings, device), settings.extra_packages)
+    origin["compiled"] = is_compiled(settings, model, device)
     origin["parameters"]["trained"] = sum(p.numel() for p in trained(model, settings.train.update).values())
     return Session(run, device, model, optimizer, make_losses(settings, model, device), progress, origin, **kept)
