@@ -119,6 +119,7 @@ FATAL = [
     (["trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
     (["+trian.lr=1"], "there is no setting trian; did you mean trial or train?"),
     (["++train.lrr=1"], "there is no setting train.lrr; did you mean train.lr?"),
+    (["router=dense", "router.shift=1"], "there is no setting router.shift; router, as chosen here, has none"),
     (["+train.rate=1"], "there is no setting train.rate; there are steps, "),
     (["router=swich"], "router=swich is not there; did you mean router=switch?"),
     (["wandbb=offline"], "did you mean wandb?"),

@@ -268,6 +268,13 @@ def test_it_is_refused_before_any_work_and_by_a_dry_run_too(tiny, tmp_path, run_
     assert status == 0 and {"switch_0.01", "switch_0.1"} <= set(printed.split())
 
 
+@pytest.mark.parametrize("more", [(), ("dry_run=true",)])
+def test_a_sweep_without_a_job_is_refused_in_a_line(more, tiny, tmp_path, run_here):
+    said = "error: the sweep has no job: one of the choices that it is made of is empty\n"
+    assert run_here("-m", *tiny, "router=switch", "seed=range(0,0)", *more) == (2, "", said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dry_run_writes_nothing_and_names_every_invalid_job(tiny, tmp_path, run_here):
     cache = next(Path(word.partition("=")[2]) for word in tiny if word.startswith("data.cache="))
     words = ["-m", "sweeps=gate_by_routing", *tiny, "seed=0", "dry_run=true"]

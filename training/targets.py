@@ -116,9 +116,10 @@ def _unknown(error: Exception) -> str:
     parent, key = getattr(inner, "parent_node", None), str(getattr(inner, "full_key", ""))
     if isinstance(inner, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
         place, dot, name = key.rpartition(".")
-        known = [str(each) for each in parent]
+        known = [str(each) for each in parent if each != "_target_"]
         near = [f"{place}{dot}{each}" for each in get_close_matches(name, known, 2, 0.7)]
-        how = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        there = f"there are {', '.join(known)}" if known else f"{place}, as chosen here, has none"
+        how = f"did you mean {' or '.join(near)}?" if near else there
         return f"there is no setting {key}; {how}"
     option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
     known = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)

@@ -43,6 +43,8 @@ class LocalQueue(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        if not job_overrides:
+            raise ValueError("the sweep has no job: one of the choices that it is made of is empty")
         compose = Composer(self.hydra_context.config_loader, self.config.hydra.overrides.hydra)
         plan = Plan(compose, find_data if self.config.dry_run else open_data)
         for words in job_overrides:
