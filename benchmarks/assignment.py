@@ -1,18 +1,29 @@
 """Balanced assignment: time and certified gap of the fast and the exact solver: python -m benchmarks.assignment
 
-Over kinds of scores, --tokens and --experts; --run adds the hidden states of a run folder. The exact solver runs up to
---exact tokens. Loads are checked before anything is timed. The plot is of the slowest kind.
+Over kinds of scores, --tokens and --experts; --run adds the hidden states of a run folder. The exact solver, which
+takes up to seconds a call, runs up to --exact tokens, three times at most. Loads are checked before anything is timed.
+The plot is of the slowest kind.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.scores import KINDS, drawn, of_a_run, routed_run
-from benchmarks.timing import Row, command, device_of, folder_of, in_milliseconds, interleaved, parser, plot, report
+from benchmarks.timing import (
+    Row,
+    command,
+    count,
+    device_of,
+    folder_of,
+    in_milliseconds,
+    interleaved,
+    parser,
+    plot,
+    report,
+)
 from routers.assignment import balanced_assignment
 from routers.fast_assignment import replayed_assignment
 
@@ -47,8 +58,8 @@ def draw(rows: list[Row], path: Path) -> None:
 def options(words: list[str] | None) -> Namespace:
     on_gpu = torch.cuda.is_available()
     made = parser(__doc__)
-    made.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768] if on_gpu else [4096])
-    made.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128] if on_gpu else [16])
+    made.add_argument("--tokens", type=count, nargs="+", default=[4096, 8192, 16384, 32768] if on_gpu else [4096])
+    made.add_argument("--experts", type=count, nargs="+", default=[16, 64, 128] if on_gpu else [16])
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
     made.add_argument("--exact", type=int, default=4096, help="most tokens for the exact solver, which is slow")
     made.add_argument("--run", type=Path, help="a run folder: also on what its first sparse layer reads")
@@ -63,12 +74,12 @@ def one_kind(kind: str, scores: Tensor, args: Namespace, device: torch.device) -
     load = torch.bincount(expert[0], minlength=experts)
     if int(load.max() - load.min()) > (tokens % experts > 0):
         raise RuntimeError(f"{kind}, T {tokens}, E {experts}: loads from {int(load.min())} to {int(load.max())}")
-    gaps = {"fast": float(gap)}
-    solvers: dict[str, Callable[[], object]] = {"fast": lambda: replayed_assignment(scores, real)}
+    gaps, fast = {"fast": float(gap)}, lambda: replayed_assignment(scores, real)
+    seconds = interleaved({"fast": fast}, device, args.rounds, warm_up=1)
     if tokens <= args.exact:
         gaps["exact"] = balanced_assignment(scores[0]).gap
-        solvers["exact"] = lambda: balanced_assignment(scores[0])
-    seconds = interleaved(solvers, device, args.rounds, warm_up=1)
+        exact = {"exact": lambda: balanced_assignment(scores[0])}
+        seconds |= interleaved(exact, device, min(args.rounds, 3), warm_up=0)
     rows = [{"kind": kind, "T": tokens, "E": experts, "solver": name, "gap": gap} for name, gap in gaps.items()]
     rows = [row | in_milliseconds(seconds[row["solver"]]) for row in rows]
     return [row | ({"over exact": row["ms"] / rows[-1]["ms"]} if "exact" in gaps else {}) for row in rows]

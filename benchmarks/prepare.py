@@ -5,9 +5,10 @@ MB of text a second, dictionary included, into a cache that is thrown away, medi
 prepared, the median of 50. Overrides are run.py's.
 """
 
+import math
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import torch
@@ -54,9 +55,19 @@ def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__)
     made.set_defaults(rounds=3)
     made.add_argument("--files", help="text files, a glob")
-    made.add_argument("--megabytes", type=float, default=20)
+    made.add_argument("--megabytes", type=size, default=20, help="of made-up text")
     made.add_argument("--dictionaries", type=names, default=("bpe", "words", "bytes"))
     return with_overrides(made, words)
+
+
+def size(text: str) -> float:
+    """Of an option: MB of text, enough for a split of each kind."""
+    try:
+        if 0.1 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"must be a number of at least 0.1; got {text}")
 
 
 def made_up(folder: Path, megabytes: float) -> str:

@@ -68,7 +68,8 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    """Of an option a,b,c: whole numbers of at least 1."""
+    return [count(each) for each in text.split(",")]
 
 
 def command(main: Callable[[], None]) -> None:

@@ -114,10 +114,25 @@ def test_an_arm_whose_step_is_not_the_loop_s_is_not_timed(tiny, tmp_path, monkey
     monkeypatch.setattr(step, "make_losses", off(lambda each: 1.03 * each))
     with pytest.raises(RuntimeError, match="router=hash_balanced:grouped_mm: the loss is"):
         step.main(words)
-    # the same loss, of which half sends no gradient back
-    monkeypatch.setattr(step, "make_losses", off(lambda each: each / 2 + each.detach() / 2))
-    with pytest.raises(RuntimeError, match="gradients are 1 off those of the loop"):
+    # the same loss, of which a thirtieth sends no gradient back
+    monkeypatch.setattr(step, "make_losses", off(lambda each: (29 * each + each.detach()) / 30))
+    with pytest.raises(RuntimeError, match="gradients are 0.034 off those of the loop, by norm, and may be 0.02"):
         step.main(words)
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (assignment.main, ["--tokens", "0"], "--tokens: must be a whole number of at least 1; got 0"),
+        (assignment.main, ["--experts", "0"], "--experts: must be a whole number of at least 1; got 0"),
+        (prepare.main, ["--megabytes", "-1"], "--megabytes: must be a number of at least 0.1; got -1"),
+        (step.main, ["--curve", "layers", "--values", "0"], "--values: must be a whole number of at least 1; got 0"),
+    ],
+)
+def test_a_wrong_size_is_refused_in_a_line(main, words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
 
 
 def test_solvers_of_the_assignment_are_timed_with_their_gaps(tmp_path):

@@ -23,6 +23,7 @@ from training.optimizer import learning_rate, make_optimizer, step
 from training.preflight import read
 from training.sample import main as sample_main
 from training.sample import sample
+from training.session import open_session
 
 CPU = torch.device("cpu")
 ARMS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
@@ -283,6 +284,16 @@ def test_evaluating_by_the_graph_of_training_changes_no_bit(name, tiny):
     assert model.training and torch.is_grad_enabled()
 
 
+def test_parts_from_elsewhere_are_evaluated_in_evaluation_mode(tiny, monkeypatch):
+    """They may have dropout, which no router's declaration covers."""
+    monkeypatch.setattr(session, "make_losses", lambda *_: None)  # the compiler takes seconds to import
+    for more, by_training_graph in (("extra_packages=[]", True), ("extra_packages=[mine]", False)):
+        run = open_run(read(compose_config("router=dense", *tiny, "train.compile=true", more)))
+        run.folder.mkdir(parents=True)
+        assert open_session(run).by_training_graph is by_training_graph
+        run.folder.rmdir()
+
+
 def test_a_loss_that_is_no_number_or_too_large_to_add_up_is_told_and_padding_s_is_not(tiny):
     model, _, opened, losses = trained("router=dense", *tiny)
     split, counts = opened.splits["validation"], opened.prepared.token_counts
@@ -391,15 +402,17 @@ def test_a_failure_leaves_its_traceback_and_can_go_on(tiny, monkeypatch, capsys)
     words = ["router=dense", *tiny, "record.checkpoint_every=2"]
 
     def failing(*_):
-        raise RuntimeError("what is wrong\n\nlong advice\n")
+        error = RuntimeError("\na heading:\n\n  what is wrong\nlong advice")
+        error.add_note("a note")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr("training.session.evaluate", failing)
         assert run(compose_config(*words)) == FAILED
     folder = folder_of(*words)
-    assert "failed: RuntimeError: what is wrong (traceback: " in capsys.readouterr().out
+    assert "failed: RuntimeError: a heading: what is wrong (traceback: " in capsys.readouterr().out
     trace = (folder / "error.txt").read_text()
-    assert "in failing" in trace and trace.endswith("long advice\n\nRuntimeError: what is wrong\n")
+    assert "in failing" in trace and trace.endswith("a note\nRuntimeError: a heading: what is wrong\n")
     assert run(compose_config(*words)) == FINISHED
     assert not (folder / "error.txt").exists()
 

@@ -68,8 +68,9 @@ def evaluate(
     """Sums over the split, in float64 and int64 on the CPU. counts (V,): of each token in training.
 
     windows: over so many of the split alone, at even distances; None: over all. watch is told before each batch which
-    share is done. training_graph: losses are compiled; where routers choose as in training, run as training does, for
-    the graph of evaluation mode would be another one, which takes a second to load, or ten to compile.
+    share is done. training_graph: losses are compiled, and nothing but routers does otherwise in training; where these
+    choose as in training, run as training does, for the graph of evaluation mode would be another one, which takes a
+    second to load, or ten to compile.
 
     ce_sum, tokens (); document_ce_sum, document_tokens (documents,) by the target's document; decile_ce_sum and
     decile_tokens (10,) by the target's training frequency, the most frequent first; input_ce_sum, input_tokens (V,) by

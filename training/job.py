@@ -104,12 +104,18 @@ def run(config: DictConfig) -> int:
             print(f"stopped; the same command goes on with {opened.folder}")
             return INTERRUPTED
         except Exception as error:  # whatever failed, its traceback is kept and the exit status says so
-            trace, said = traceback.format_exc(), traceback.format_exception_only(error)[-1].splitlines()[0]
-            if trace.splitlines()[-1] != said:  # an error of several lines; the queue reads the last one
+            trace, said = traceback.format_exc(), in_a_line(error)
+            if trace.splitlines()[-1] != said:  # the queue and reports read the last one
                 trace += f"{said}\n"
             (opened.folder / "error.txt").write_text(trace)
             print(f"failed: {said} (traceback: {opened.folder / 'error.txt'})")
             return FAILED
+
+
+def in_a_line(error: Exception) -> str:
+    """Its type, and the first two lines of what it says: the first may be a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(lines[:2])])])
 
 
 def _train(opened: Run) -> int:

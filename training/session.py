@@ -62,14 +62,20 @@ class Session:
         and ValueError if no token of these windows counts."""
         train, counts, text = self.run.settings.train, self.run.prepared.token_counts, self.run.splits[split]
         batch, began = train.micro_batch or train.batch_size, time.perf_counter()
-        compiled = is_compiled(self.run.settings, self.model, self.device)
-        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch, compiled)
+        graph = self.by_training_graph
+        sums = evaluate(self.model, self.losses, text, batch, counts, as_in_training, windows, watch, graph)
         self.evaluate_seconds += time.perf_counter() - began
         if not sums["tokens"]:
             raise ValueError(f"no token counts in record.validation_windows={windows} windows; name more")
         if not math.isfinite(mean_ce(sums)):
             raise Diverged(self.progress.step)
         return sums
+
+    @property
+    def by_training_graph(self) -> bool:
+        """What is compiled is evaluated so, where all is this repository's own: in that, routers alone may do otherwise
+        in training, and say so; what comes from elsewhere may have dropout."""
+        return self.origin["compiled"] and not self.run.settings.extra_packages
 
     def by_corpus(self, split: str, sums: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         """The figures of each corpus of a mixture, from the sums over all of them."""
