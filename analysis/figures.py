@@ -13,7 +13,7 @@ from analysis.arms import Arm, described, references
 from analysis.layout import arrows, broken, far_off, legend_inside_or_above, numbers, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
-from analysis.summary import floors
+from analysis.summary import LEAKS, floors
 from analysis.tables import leaky, reference_of
 
 MOST_CURVES = 8
@@ -176,6 +176,7 @@ def points(
     bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
     told = ("; arrows: beyond the axis" if cut else "") + ("\nhollow: published, in its own setting" if theirs else "")
     told += f"\ngrey: below the noise floor (of two single runs {floor:.4f} nats, 95 %)" if len(noise) else ""
+    told += f"\n{LEAKS} sees the future in evaluation" if any(LEAKS in label for label in labels) else ""
     explain(figure, f"{bars}n = {numbers(rows['n'])}{told}")
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from analysis import figures
 from analysis.arms import load
 from analysis.figures import over_seeds
 from analysis.layout import numbers_at_the_ends
@@ -543,7 +544,10 @@ def test_costs_stand_beside_the_references(whole, tmp_path):
     ]  # 5 / 4; 1,234,567 / 745,000
 
 
-def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path):
+def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path, monkeypatch):
+    drawn: list[str] = []
+    saved = figures.save
+    monkeypatch.setattr(figures, "save", lambda each, *at: drawn.append(each.get_supxlabel()) or saved(each, *at))
     runs = tmp_path / "runs"
     arms = {"dense": 5.3} | {f"arm_{number:02}": 5.3 - number / 100 for number in range(14)}
     folders = [write_run(runs, arm, seed, ce) for arm, ce in arms.items() for seed in range(2)]
@@ -554,7 +558,7 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path)
         (folder / "checkpoints" / "step-200").mkdir(parents=True)
     printed = report("many", runs, tmp_path / "results")
     assert "differences to the reference" in printed
-    assert "seer ‡" in printed
+    assert "seer ‡" in printed and drawn[0].endswith("\n‡ sees the future in evaluation")
     assert "‡ routes by what comes after a token" in printed
     assert "training.sample" in printed
     assert f"training.sample {runs}/arm_13-" in printed, "the best that sees no future is to continue a text"
