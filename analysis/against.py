@@ -33,7 +33,7 @@ def against_place(
     rows = frame.loc[frame["n"] > 0].assign(x=frame["x"].astype(float))
     for joined, ends in asked.get("joins", {}).items():
         own = rows["arm"].isin(list(ends))
-        rows.loc[own, "x"], rows.loc[own, "method"] = rows.loc[own, "arm"].map(ends), joined
+        rows.loc[own, "x"], rows.loc[own, "method"] = rows.loc[own, "arm"].map(ends).astype(float), joined
     out = far_off(rows)
     low, high = span(
         rows.loc[rows["difference_mean"].notna()], *(papers[arm][0] for arm in rows.loc[~out, "arm"] if arm in papers)
@@ -162,7 +162,7 @@ def scale_x(axes: Axes, places: list[float], scale: str) -> None:
     options = {"linthresh": least, "linscale": 0.5} if scale == "symlog" else {"base": 2} if scale == "log" else {}
     axes.set_xscale(scale, **options)
     low, high = places[0], places[-1]
-    pad = 0.06 * (high - low)
+    pad = 0.06 * (high - low) or 0.5
     room = (low - pad, high + pad) if scale == "linear" else (low * 0.85 or -0.3 * least, high * 1.18)
     axes.set_xlim(*room)
     axes.xaxis.set_major_locator(FixedLocator([*np.unique(places)]))

@@ -41,9 +41,7 @@ def save_figure(
     arms = described(frame["arm"], style)
     tables = published(asked.get("published", []), arms)
     papers = differences(tables, references(arms, asked))
-    kind = asked["figure"]
-    if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
-        kind = "differences"
+    kind = kind_of(frame, asked)
     with context(["default", style["matplotlib"]]):
         figure = Figure()
         if kind == "curves":
@@ -54,6 +52,18 @@ def save_figure(
             against_place(figure, frame, arms, asked, papers, public, style)
         save(figure, folder, "figure")
     return SHOWS[kind]
+
+
+def kind_of(frame: pd.DataFrame, asked: dict[str, Any]) -> str:
+    """What the sweep declares, as far as there is something to draw it of: of the reference alone, curves."""
+    kind, compared = asked["figure"], frame.loc[~frame["reference"] & frame["difference_mean"].notna()]
+    joined = [arm for ends in asked.get("joins", {}).values() for arm in ends]
+    placed = frame.loc[(frame["n"] > 0) & (frame["x"].notna() | frame["arm"].isin(joined))]
+    if kind == "against" and (placed.empty or compared.empty):
+        kind = "differences"
+    if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
+        kind = "differences"
+    return "curves" if kind == "differences" and compared.empty else kind
 
 
 def learning_curves(

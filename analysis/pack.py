@@ -23,7 +23,9 @@ TRAINING_LINES = 50  # of metrics.jsonl that stay, besides all validations
 
 def pack(runs: Path, out: Path) -> tuple[int, int]:
     """Writes the archive; how many runs are in it, and how many were left out as not finished. Raises ValueError for no
-    finished run, OSError if the archive is there already."""
+    finished run and for another kind of archive, OSError if it is there already."""
+    if not out.name.endswith(".tar.xz"):
+        raise ValueError(f"the archive's name must end in .tar.xz; got {out}")
     folders = sorted(path for path in runs.glob("*-s*-*") if path.is_dir())
     finished = [folder for folder in folders if (folder / "result.json").exists()]
     if not finished:
@@ -74,7 +76,10 @@ def main() -> None:
         print(f"analysis.pack: {error}", file=sys.stderr)
         sys.exit(2)
     size = args.out.stat().st_size / 1e6
-    print(f"{packed} runs in {args.out}, {size:.1f} MB" + (f"; {left} unfinished ones left out" if left else ""))
+    print(
+        f"{packed} runs in {args.out}, {f'{size:.1f} MB' if size >= 1 else f'{1e3 * size:.0f} kB'}"
+        + (f"; {left} unfinished ones left out" if left else "")
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ MB of text a second, dictionary included, into a cache that is thrown away, medi
 prepared, the median of 50. Overrides are run.py's.
 """
 
-import math
 import tempfile
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from benchmarks.timing import (
 from data.mixed_batches import open_split, training_batches
 from data.prepare import Prepared
 from data.randomness import generator
+from training.arguments import number
 from training.build import open_data
 from training.compose import composed
 from training.preflight import read
@@ -55,19 +55,9 @@ def options(words: list[str] | None) -> Namespace:
     made = parser(__doc__)
     made.set_defaults(rounds=3)
     made.add_argument("--files", help="text files, a glob")
-    made.add_argument("--megabytes", type=size, default=20, help="of made-up text")
+    made.add_argument("--megabytes", type=number(float, 0.1), default=20, help="of made-up text")
     made.add_argument("--dictionaries", type=names, default=("bpe", "words", "bytes"))
     return with_overrides(made, words)
-
-
-def size(text: str) -> float:
-    """Of an option: MB of text, enough for a split of each kind."""
-    try:
-        if 0.1 <= float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"must be a number of at least 0.1; got {text}")
 
 
 def made_up(folder: Path, megabytes: float) -> str:
@@ -79,10 +69,10 @@ def made_up(folder: Path, megabytes: float) -> str:
     words = ["".join(LETTERS[c] for c in row[:length]) for row, length in zip(letters, lengths)]
     number_of_files = max(40, round(4 * megabytes))
     size = round(1e6 * megabytes / number_of_files / 5)  # words of some five bytes
-    for number in range(number_of_files):
+    for n in range(number_of_files):
         picked = torch.multinomial(1 / torch.arange(1.0, WORDS + 1), size, replacement=True, generator=draws)
         lines = [" ".join(words[i] for i in part.tolist()) for part in picked.split(200)]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
+        (folder / f"{n}.txt").write_text("\n".join(lines))
     return f"{folder}/*.txt"
 
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from omegaconf.errors import OmegaConfBaseException
 from tabulate import tabulate
 
+from training.arguments import number
 from training.provenance import GIT, ROOT, device_name
 from training.targets import one_line
 from training.threads import start_again_to_wait_briefly
@@ -33,6 +34,7 @@ AXES |= {
 }
 GRAPH = ", CUDA graph"  # ends the name of a candidate that is replayed as one
 Row = dict[str, Any]
+count = number(int, 1)  # of an option
 
 
 def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentParser:
@@ -53,13 +55,6 @@ def with_overrides(made: argparse.ArgumentParser, words: list[str] | None) -> ar
     if strange := [word for word in args.overrides if "=" not in word]:
         made.error(f"unknown: {' '.join(strange)}")
     return args
-
-
-def count(text: str) -> int:
-    """Of an option: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text}")
-    return int(text)
 
 
 def names(text: str) -> list[str]:

@@ -126,16 +126,18 @@ class Plan:
 
 
 def errors(planned: Sequence[Planned]) -> list[str]:
-    """A line an invalid job: the overrides that set it apart, and what is wrong; one alone if that is wrong of all."""
+    """A line an invalid job: the overrides that set it apart, and what is wrong, where the line before does not say it
+    already; one alone if that is wrong of all."""
     if len(said := {job.error for job in planned}) < 2:
         return [*filter(None, said)]
     common = set.intersection(*(set(job.words) for job in planned))
-    lines = []
+    lines, before = [], ""
     for job in [job for job in planned if job.error]:
         own = (word for word in filter_overrides(job.words) if word not in common)
         apart = [word for word in own if not job.error.startswith(f"{word} ")]  # what the error says itself
         apart += [f"trial={job.place}"] if job.place else []
-        lines.append(": ".join(filter(None, [" ".join(apart), job.error])))
+        lines.append(": ".join(filter(None, [" ".join(apart), "the same" if job.error == before else job.error])))
+        before = job.error
     return lines
 
 

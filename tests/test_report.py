@@ -565,6 +565,17 @@ def test_many_arms_are_drawn_by_their_differences_and_leaks_are_marked(tmp_path,
     assert (tmp_path / "results" / "smoke" / "many" / "figure.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("sweep", ["main", "modules", "load_balance", "horizon", "first_k_hash", "hash_methods"])
+@pytest.mark.parametrize(("arms", "shown"), [(("dense",), "learning curves"), (("dense", "switch_x"), "")])
+def test_a_sweep_of_which_little_is_there_has_a_figure(sweep, arms, shown, tmp_path):
+    """Of the reference alone, or of arms without the number that the figure is drawn over."""
+    runs = tmp_path / "runs"
+    cells = [(arm, seed, 5.2 + place / 10 + seed / 50) for place, arm in enumerate(arms) for seed in range(2)]
+    write_sweep(runs, [write_run(runs, *cell) for cell in cells], sweep)
+    printed = report(sweep, runs, tmp_path / "results")
+    assert f"figure.pdf: {shown}" in printed
+
+
 def test_a_run_stands_in_a_sweep_under_the_sweeps_own_label(whole):
     dense = [path.name for path in sorted(whole.glob("dense-s*"))]
     record = json.loads((whole / "sweeps" / "quickstart.json").read_text())

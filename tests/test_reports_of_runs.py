@@ -115,6 +115,8 @@ def test_runs_brought_home_in_an_archive_give_the_same_tables(runs, tmp_path):
         report("modules", runs if name == "whole" else home, tmp_path / name)
     tables = [files_of(tmp_path / name / "smoke" / "modules") for name in ("whole", "packed")]
     assert tables[0] == tables[1]
+    with pytest.raises(ValueError, match="must end in .tar.xz; got .*runs.zip"):
+        pack(runs, tmp_path / "runs.zip")
     with pytest.raises(ValueError, match="comes from analysis.pack, which leaves out what --explain needs"):
         explained("modules", home, tmp_path / "packed")
     with pytest.raises(FileExistsError):

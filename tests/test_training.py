@@ -510,6 +510,25 @@ def test_to_sample_from_no_run_is_one_line_and_status_2(tmp_path, monkeypatch, c
     assert capsys.readouterr().err == f"error: {tmp_path} is no run folder: it has no config.yaml\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["any", "--temperature", "nan"], "--temperature: must be a number of at least 0; got nan\n"),
+        (["any", "--tokens", "-3"], "--tokens: must be a whole number of at least 0; got -3\n"),
+        (["{}/a-*"], "error: {}/a-* must fit one run folder; it fits {}/a-1, {}/a-2\n"),
+        (["{}/b-*"], "error: {}/b-* must fit one run folder; it fits none\n"),
+        (["{}/*-1"], "error: {}/a-1 is no run folder: it has no config.yaml\n"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_a_line(words, said, tmp_path, monkeypatch, capsys):
+    for name in ("a-1", "a-2"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("sys.argv", ["sample", *(word.replace("{}", str(tmp_path)) for word in words)])
+    with pytest.raises(SystemExit, match="2"):
+        sample_main()
+    assert capsys.readouterr().err.endswith(said.replace("{}", str(tmp_path)))
+
+
 def test_load_run_gives_the_model_back_and_it_samples(tiny):
     words = ["router=hash_balanced", *tiny]
     assert run(compose_config(*words)) == FINISHED

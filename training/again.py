@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.arguments import number
 from training.folder import is_finished
 from training.job import open_run, run
 from training.preflight import read
@@ -60,7 +61,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one unpacked from a pack")
     made.add_argument("--into", default="again", help="the folder of runs that it is trained into")
-    made.add_argument("--tolerance", type=float, default=TOLERANCE, help="nats (default: %(default)s)")
+    made.add_argument("--tolerance", type=number(float, 0), default=TOLERANCE, help="nats (default: %(default)s)")
     args, args.overrides = made.parse_known_args(words)
     if strange := [word for word in args.overrides if "=" not in word or word.startswith("-")]:
         made.error(f"unknown: {' '.join(strange)}")

@@ -181,12 +181,15 @@ def _announcement(session: Session, again: bool) -> str:
     start = f", starting from {settings.train.init_from}" if settings.train.init_from else ""
     each = split.epochs(windows).items() if isinstance(split, MixedSplit) else ()
     parts = f" ({', '.join(f'{name} {epochs:.2f}' for name, epochs in each)})" if each else ""
+    on_cpu = session.device.type == "cpu" and settings.scale != "smoke"
+    slow = f"; scale={settings.scale} is made for a GPU, a step may take minutes here" if on_cpu else ""
     plain = ", not compiled" if settings.train.compile and not session.origin["compiled"] else ""
     return (
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
         f"{session.origin['dispatch']}{plain}; {windows * split.length:,} tokens{padding}, {windows / split.full:.2f} "
         f"epochs{parts}; dictionary of {session.run.prepared.vocab_size:,} entries{seen}"
+        + slow
         + (f"; going on after step {progress.step}" if progress.step else "")
         + ("; begun before, without a checkpoint: from the start" if again and not progress.step else "")
     )

@@ -1,6 +1,7 @@
 """python -m training.sample RUN: continue a text with a finished run."""
 
 import argparse
+import glob
 import sys
 
 import torch
@@ -9,6 +10,7 @@ from data.batches import make_batch
 from data.randomness import generator
 from data.source import divided
 from data.tokenizer import END, decode, encode, load_tokenizer
+from training.arguments import number
 from training.checkpoint import LoadedRun, load_run
 
 
@@ -52,16 +54,24 @@ def sample(run: LoadedRun, prompt: str, length: int, temperature: float, seed: i
     return decode(tokenizer, [i for i in ids if i != END])
 
 
+def one_folder(pattern: str) -> str:
+    """The folder, or the one that a glob fits. ValueError if it fits none or several."""
+    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    if len(found) != 1:
+        raise ValueError(f"{pattern} must fit one run folder; it fits {', '.join(found) or 'none'}")
+    return found[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a run.")
-    parser.add_argument("run", help="a run folder")
+    parser.add_argument("run", help="a run folder, or a glob that fits one")
     parser.add_argument("--prompt", default="def ", help="the text to continue")
-    parser.add_argument("--tokens", type=int, default=80, help="how many tokens at most")
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--tokens", type=number(int, 0), default=80, help="how many tokens at most")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        run = load_run(options.run)
+        run = load_run(one_folder(options.run))
         print(sample(run, options.prompt, options.tokens, options.temperature, options.seed))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -46,6 +46,7 @@ def one_of(*known: str) -> Rule:
 
 
 Count = Annotated[int, within(1)]
+NAME: Rule = "a name without /, which begins with no dot", lambda text: text and "/" not in text and text[0] != "."
 FOLDER: Rule = "a folder that is there", lambda path: isdir(expanduser(path))
 
 
@@ -103,9 +104,9 @@ class WandbSettings:
 
 @dataclass
 class Settings:
-    arm: str
+    arm: Annotated[str, NAME]
     scale: str
-    sweep: str | None
+    sweep: Annotated[str | None, NAME]
     seed: Annotated[int, within(0)]
     num_experts: Count
     device: Annotated[str, one_of("auto", "cpu", "cuda")]

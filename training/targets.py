@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -91,6 +91,10 @@ def check_targets(node: Any, place: str, packages: tuple[str, ...]) -> None:
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one line: the key first, then what is wrong with it. Others say all themselves,
     whatever caused them."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read as key=value, nor with -m as key=a,b (a value with blanks needs quotes)"
+        )
     if said := _unknown(error):
         return said
     theirs = isinstance(error, HydraException | OmegaConfBaseException)
@@ -121,7 +125,7 @@ def _unknown(error: Exception) -> str:
         there = f"there are {', '.join(known)}" if known else f"{place}, as chosen here, has none"
         how = f"did you mean {' or '.join(near)}?" if near else there
         return f"there is no setting {key}; {how}"
-    option = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    option = re.search(r"Could not find '([^']+)/([^'/]*)'", str(error))
     known = re.findall(r"^\t(\S+)$", str(error), re.MULTILINE)
     if option is None or f"options in '{option[1]}'" not in str(error):  # of a folder in a group Hydra lists the group
         return ""
