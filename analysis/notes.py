@@ -215,7 +215,7 @@ def conditions(runs: pd.DataFrame, frame: pd.DataFrame, asked: dict[str, Any]) -
         if not values:
             continue
         most = max(values.values(), key=list(values.values()).count)
-        others = [f"{labels[arm]} {value}" for arm, value in values.items() if value not in (most, "")]
+        others = [f"{value} of {labels[arm]}" for arm, value in values.items() if value not in (most, "")]
         lines += [f"not equal: {key} is {most}, but " + "; ".join(others)] if others else []
     return lines
 

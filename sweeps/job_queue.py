@@ -99,8 +99,8 @@ class Queue:
         self.say(job, "started")
 
     def say(self, job: Job, what: str) -> None:
-        ended, total = sum(each.status is not None for each in self.jobs), len(self.jobs)
-        print(f"[{ended:>{len(str(total))}}/{total}] {job.folder.name} {what}", flush=True)
+        finished, total = sum(each.status == 0 for each in self.jobs), len(self.jobs)
+        print(f"[{finished:>{len(str(total))}}/{total}] {job.folder.name} {what}", flush=True)
 
     def progress(self) -> list[str]:
         """A line for the sweep, its time to go if each job takes as long as those finished, and one a running job."""

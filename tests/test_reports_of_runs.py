@@ -241,7 +241,7 @@ def test_what_is_not_equal_is_printed_unless_it_is_the_tables_question(runs, tmp
         config["train"]["lr"] = 0.125
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     printed = report("modules", runs, tmp_path / "results")
-    assert "not equal: train.lr is 0.002, but Switch, 32 0.125" in printed
+    assert "not equal: train.lr is 0.002, but 0.125 of Switch, 32" in printed
     assert "not equal: num_experts" not in printed
 
 

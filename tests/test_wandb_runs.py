@@ -100,7 +100,7 @@ def test_conditions_origin_and_tuning_are_told_as_from_folders_and_what_wandb_la
     (expected, rows), (found, mirrored) = told(tmp_path / "a", trained), told(tmp_path / "b", wandb_alone, places)
     said = ("not equal:", "dense: train.lr", "hash_random: ")
     assert [line for line in expected if line.startswith(said)] == [line for line in found if line.startswith(said)]
-    assert "not equal: model.depth_factor is 1, but Hash, random 2" in found
+    assert "not equal: model.depth_factor is 1, but 2 of Hash, random" in found
     assert any(line.startswith("dense: train.lr=0.5 is the best of 1 trial ") for line in found)
     assert "NOT used here by 1 of 1 runs" in " ".join(" ".join(found).split())
     columns = ["id", "commit", "dirty", "device", *[column for column in rows if column.startswith("config/")]]
