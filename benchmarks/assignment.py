@@ -26,6 +26,7 @@ from benchmarks.timing import (
 )
 from routers.assignment import balanced_assignment
 from routers.fast_assignment import replayed_assignment
+from training.provenance import device_name
 
 TIME = "ms, of the slowest kind of scores"
 
@@ -43,16 +44,16 @@ def main(words: list[str] | None = None) -> None:
                 rows += one_kind(kind, each.to(device), args, device)
     report("assignment", rows, args, device)
     if len(args.tokens) > 1:
-        draw(rows, folder_of(args, device) / "assignment.png")
+        draw(rows, folder_of(args, device) / "assignment.png", device_name(device))
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], path: Path, device: str) -> None:
     """The slowest kind's time over tokens, a line for each solver and number of experts."""
     slowest: dict[tuple[str, int, int], Row] = {}
     for row in sorted(rows, key=lambda row: row["ms"]):
         which = {"which": f"BASE's {row['solver']} solver, {row['E']} experts", TIME: row["ms"]}
         slowest[row["solver"], row["E"], row["T"]] = row | which
-    plot([slowest[key] for key in sorted(slowest)], "T", TIME, "which", path)
+    plot([slowest[key] for key in sorted(slowest)], "T", TIME, "which", path, device=device)
 
 
 def options(words: list[str] | None) -> Namespace:

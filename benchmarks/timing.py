@@ -32,6 +32,10 @@ AXES |= {
     "length": "sequence length in tokens, at equal tokens a step",
     "over the first": "tokens/s over those of {first}",
 }
+SIZES = ("T", "D", "F", "E")
+# Ways that have one colour in every figure, in the order of matplotlib's; others follow.
+WAYS = ("ours, plan ahead", "ours, plan ahead, eager", "ours, plan in the step", "grouped_mm, plan ahead")
+WAYS += ("grouped_mm, sorted in the step", "transformers, grouped_mm", "fused, plan ahead", "Liger")
 GRAPH = ", CUDA graph"  # ends the name of a candidate that is replayed as one
 Row = dict[str, Any]
 count = number(int, 1)  # of an option
@@ -183,7 +187,8 @@ def report_curve(
     name = stem + (f"-over-{args.curve}" if args.curve else "")
     report(name, rows, args, device)
     if args.curve:
-        plot(rows, args.curve, y, label, folder_of(args, device) / f"{name}.png", level=1)
+        path = folder_of(args, device) / f"{name}.png"
+        plot(rows, args.curve, y, label, path, level=1, device=device_name(device))
 
 
 def installed(library: str) -> str | None:
@@ -208,7 +213,21 @@ def path_changes(rows: list[Row], x: str, label: str) -> list[tuple[tuple[float,
     return [*dict.fromkeys((one, other) for one, other in pairs if one[1] != other[1])]
 
 
-def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None) -> None:
+def title_of(rows: list[Row], x: str, device: str) -> str:
+    """The device, and the sizes that all rows have in common."""
+    sizes = {size: {row.get(size) for row in rows} for size in SIZES if size != x}
+    same = [f"{size} {values.pop():,}" for size, values in sizes.items() if len(values) == 1 and None not in values]
+    return ", ".join(filter(None, [device, *same]))
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each: of WAYS always the same one."""
+    names = list(dict.fromkeys(map(plain, names)))
+    known = [*WAYS, *(name for name in names if name not in WAYS)] if set(WAYS) & set(names) else names
+    return {name: f"C{known.index(name)}" for name in names}
+
+
+def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float | None = None, device: str = "") -> None:
     """Lines of y over x, one for each label, dashed in the same colour as a CUDA graph; x is logarithmic, y where it
     spans a decade. level: a dotted line, in the place of what lies on it everywhere. Where the path that a label's rows
     name becomes another stands an upright line."""
@@ -218,7 +237,7 @@ def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float |
         if y in row:
             lines.setdefault(row[label], []).append((row[x], row[y]))
     shown = {name: sorted(points) for name, points in lines.items() if {at for _, at in points} != {level}}
-    colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(map(plain, shown)))}
+    colours = colours_of(shown)
     for name, points in shown.items():
         look = {"color": colours[plain(name)], "linestyle": "-" if name == plain(name) else "--", "label": name}
         axes.plot(*zip(*points), marker="o", markersize=3, linewidth=1.1, **look)
@@ -227,6 +246,7 @@ def plot(rows: list[Row], x: str, y: str, label: str, path: Path, level: float |
     for (low, before), (high, after) in path_changes(rows, x, label):
         told = f"auto (ours): {before} left, {after} right"
         axes.axvline((low * high) ** 0.5, color="0.35", linewidth=0.9, linestyle="-.", label=told)
+    axes.set_title(title_of(rows, x, device), fontsize=7)
     axes.set_xscale("log", base=2)
     axes.set(xlabel=AXES.get(x, x), ylabel=AXES.get(y, y).format(first=rows[0][label]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks import agree, assignment, layer, prepare, step, sweep
 from benchmarks.ffns import Problem, Way, error_of, gradients, reference, stacked, unstacked
 from benchmarks.scores import of_a_run, routed_run
-from benchmarks.timing import interleaved, plot, saved_bytes
+from benchmarks.timing import colours_of, interleaved, plot, saved_bytes, title_of
 from tests.conftest import ROOT, compose_config
 from training.job import FINISHED, run
 
@@ -98,6 +98,16 @@ def test_a_plot_names_its_first_arm_and_marks_where_the_path_changes(tmp_path, m
     marked = [line for line in axes.lines if str(line.get_label()).startswith("auto")]
     assert [line.get_label() for line in marked] == ["auto (ours): grouped_mm left, fused right"]
     assert list(marked[0].get_xdata()) == [8, 8]  # half way from 4 to 16 on the logarithm
+
+
+def test_a_figure_names_what_its_points_have_in_common_and_a_way_has_one_colour():
+    rows = [{"T": tokens, "D": 1024, "E": 64, "F": 4096, "arm": "any"} for tokens in (8, 16)]
+    assert title_of(rows, "T", "a GPU") == "a GPU, D 1,024, F 4,096, E 64"
+    assert title_of([{"layers": 1}, {"layers": 2}], "layers", "") == ""
+    for others in ([], ["ours, plan ahead"], ["fused, plan ahead", "another"]):
+        drawn = colours_of([*others, "grouped_mm, plan ahead", "grouped_mm, plan ahead, CUDA graph"])
+        assert drawn["grouped_mm, plan ahead"] == "C3" and len(set(drawn.values())) == len(others) + 1
+    assert colours_of(["dense", "switch"]) == {"dense": "C0", "switch": "C1"}
 
 
 def test_an_arm_whose_step_is_not_the_loop_s_is_not_timed(tiny, tmp_path, monkeypatch):
