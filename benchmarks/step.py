@@ -197,7 +197,7 @@ def side_by_side(args: Namespace, words: list[str], runs: str) -> list[Row]:
             arms[name].step()
         breaks[name] = sum(counters["graph_break"].values()) - before
         apart[name] = arms[name].check()
-        print(f"{name}: compiled, and checked after {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{name}: ready, and checked after {time.perf_counter() - began:.0f} s", flush=True)
     syncs, seconds = {name: arm.syncs() for name, arm in arms.items()}, {name: [] for name in arms}
     again = {name: [] for name in arms}
     print(f"timing {2 * args.rounds} blocks of {args.block} steps of each", flush=True)

@@ -157,8 +157,10 @@ def saved_bytes(run: Callable[[], object], kept: Sequence[torch.Tensor]) -> int:
 
 
 def report(name: str, rows: list[Row], args: argparse.Namespace, device: torch.device, **more: Any) -> Path:
-    """Print the rows as a table, and write them to <name>.json in folder_of, with where they come from."""
-    print(tabulate(rows, headers="keys", floatfmt=".4g", missingval=""))
+    """Print the rows as a table, without columns that are empty, and write them to <name>.json in folder_of, with where
+    they come from."""
+    known = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    print(tabulate([{key: row.get(key) for key in known} for row in rows], headers="keys", floatfmt=".4g"))
     options = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "out"
     }
