@@ -3,6 +3,7 @@
 import argparse
 import csv
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     if not rows:
         return f"{arm}: not tuned"
     seeds = sorted({row["seed"] for row in rows})
-    tried = f"{len(rows)} {plural('trial', len(rows))} on the validation split, "
+    tried = f"{ended([row['outcome'] for row in rows])} {plural('trial', len(rows))} on the validation split, "
     tried += f"{plural('seed', len(seeds))} {', '.join(seeds)}"
     if chosen is None:
         return f"{arm}: {tried}, nothing chosen yet"
@@ -120,6 +121,12 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     edge = ", still at an edge" if chosen["at_edge"] == "True" else ""
     best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} (validation {chosen['val_ce']} nats{edge})"
     return f"{arm}: {best}, {_use(chosen, runs)}"
+
+
+def ended(outcomes: Iterable[str]) -> str:
+    """How many trials there are, or how many of how many have ended and count."""
+    found = [outcome in ("finished", "diverged") for outcome in outcomes]
+    return str(len(found)) if all(found) else f"{sum(found)} of {len(found)}"
 
 
 def _use(chosen: dict[str, str], runs: list[dict[str, Any]]) -> str:

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import NullLocator
 
 from analysis import ledger
-from analysis.arms import described, plural
-from analysis.figures import explain
-from analysis.layout import save
+from analysis.arms import Arm, described, plural
+from analysis.figures import MOST_CURVES, explain
+from analysis.layout import legend_inside_or_above, save
 from analysis.tables import in_latex, of_columns
 
 COLUMNS = {
@@ -28,7 +29,7 @@ COLUMNS = {
     "note": "",
 }
 LEFT = tuple(list(COLUMNS).index(key) for key in ("method", "knob", "note"))
-FAR = 0.1  # nats above an arm's best that are drawn black
+FAR = 0.1  # nats above an arm's best that are drawn black; of curves twice as many are shown above the worst arm's best
 
 
 def report_trials(runs: Path, results: Path, sweep: str, style: dict) -> str:
@@ -72,7 +73,7 @@ def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
             lr, value = None, None
         knob = own["knob"].iloc[0] if own["knob"].notna().any() else None
         note = "more to try" if not chosen else "at an edge" if own["at_edge"].any() else ""
-        line = {"method": arms[str(arm)].label, "trials": len(own), "lr": lr, "knob": knob}
+        line = {"method": arms[str(arm)].label, "trials": ledger.ended(own["outcome"]), "lr": lr, "knob": knob}
         line |= {
             "value": value if knob else None,
             "val_ce": losses[place] if lr else None,
@@ -97,21 +98,15 @@ def _text(key: str, cell: Any) -> str:
 
 
 def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
-    """Of each arm how far the best trial of each rate lies above its best, the best as a star; the same bytes again."""
+    """Loss over learning rate, of few arms as curves, else of each arm in a row; the same trials are the same bytes."""
     arms = described(rows["arm"], style)
+    found: Any = rows.loc[np.isfinite(rows["val_ce"])]
+    losses = {arm: own.groupby("lr")["val_ce"].min() for arm, own in found.groupby("arm", sort=False)}
+    chosen = {*rows.loc[rows["chosen"], "arm"]}
     with context(["default", style["matplotlib"]]):
-        figure = Figure(figsize=(3.4, 1.2 + 0.15 * len(arms)))
+        figure = Figure()
         axes = figure.subplots()
-        for place, arm in enumerate(arms):
-            losses: Any = rows.loc[(rows["arm"] == arm) & np.isfinite(rows["val_ce"])].groupby("lr")["val_ce"].min()
-            if losses.empty:
-                continue
-            grey = Normalize(-0.2 * FAR, FAR, clip=True)(losses - losses.min())
-            look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "edgecolors": "0.4", "linewidths": 0.4}
-            axes.scatter(losses.index * 1e3, [place] * len(losses), 14, grey, **look)
-            axes.plot(losses.idxmin() * 1e3, place, "*", color="#D55E00", markersize=7)
-        axes.set_yticks(range(len(arms)), [arm.label for arm in arms.values()])
-        axes.set_ylim(len(arms) - 0.4, -0.6)
+        (curves if len(arms) <= MOST_CURVES else rows_of_dots)(figure, losses, arms, chosen)
         axes.set_xscale("log", base=2)
         axes.margins(x=0.06)
         usual = 1e3 * unchanged(rows)["lr"].median()
@@ -120,6 +115,49 @@ def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("learning rate (thousandths)")
-        told = f"star: the best; dots: the darker, the further above it, black from {FAR:g} nats on"
-        explain(figure, told)
         save(figure, folder, "figure")
+
+
+def curves(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], chosen: set[str]) -> None:
+    """A line an arm of two rates and more: of each rate the best loss over the knob, to 2 * FAR above the worst arm's
+    best."""
+    axes, drawn = figure.axes[0], {arm: own for arm, own in losses.items() if len(own) > 1}
+    figure.set_figheight(2.4)
+    for arm, own in drawn.items():
+        look = arms[arm].look
+        line: dict[str, Any] = {key: look[key] for key in ("color", "dashes", "marker")}
+        rates = own.index.to_numpy() * 1e3
+        axes.plot(rates, own, label=arms[arm].label, linewidth=1.1, markersize=2.8, **line)
+        _star(axes, own, own.min(), look["color"], arm in chosen)
+    if drawn:
+        bests = [own.min() for own in drawn.values()]
+        axes.set_ylim(min(bests) - FAR / 4, max(bests) + 2 * FAR)
+        legend_inside_or_above(figure, axes)
+    axes.set_ylabel("validation loss\n(nats per token)")
+    hollow = " (hollow: so far)" if {*drawn} - chosen else ""
+    explain(figure, f"star: the best{hollow}; each rate with the best value of the knob, if there is one")
+
+
+def rows_of_dots(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], chosen: set[str]) -> None:
+    """Of each arm how far the best trial of each rate lies above its best, the best as a star."""
+    axes = figure.axes[0]
+    figure.set_size_inches(3.4, 1.2 + 0.15 * len(arms))
+    for place, arm in enumerate(arms):
+        if arm not in losses:
+            continue
+        own = losses[arm]
+        grey = Normalize(-0.2 * FAR, FAR, clip=True)(own - own.min())
+        look = {"cmap": "Greys", "vmin": 0, "vmax": 1, "edgecolors": "0.4", "linewidths": 0.4}
+        axes.scatter(own.index * 1e3, [place] * len(own), 14, grey, **look)
+        _star(axes, own, place, "#D55E00", arm in chosen)
+    axes.set_yticks(range(len(arms)), [arm.label for arm in arms.values()])
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    hollow = " (hollow: so far)" if {*losses} - chosen else ""
+    explain(figure, f"star: the best{hollow}; dots: the darker, the further above it, black from {FAR:g} nats on")
+
+
+def _star(axes: Axes, own: pd.Series, height: float, colour: str, chosen: bool) -> None:
+    """At the best rate, hollow while nothing is chosen."""
+    face = colour if chosen else "white"
+    rate: Any = own.idxmin()
+    axes.plot(rate * 1e3, height, "*", color=colour, markerfacecolor=face, markersize=7)

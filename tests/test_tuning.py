@@ -7,12 +7,17 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 from conftest import ROOT, compose_config
+from matplotlib.figure import Figure
 from test_config import ARMS, run_py
 from test_sweeps import plan_of
 
 from analysis import ledger
+from analysis import trials as trials_module
+from analysis.arms import described
 from analysis.report import report
 from sweeps.composing import jobs_of
 from sweeps.plan import Plan
@@ -159,7 +164,38 @@ def test_an_arm_of_which_no_trial_has_ended_has_a_row_without_figures(record, tm
     for result in record.glob("dense-*/result.json"):
         result.unlink()
     dense = next(line for line in report("tune", record, tmp_path).splitlines() if line.startswith("Dense"))
-    assert dense.split() == ["Dense", "3", "more", "to", "try"]
+    assert dense.split() == ["Dense", "0", "of", "3", "more", "to", "try"]
+
+
+def drawn(draw, losses, chosen):
+    """The figure of these losses by rate, an arm each; and its lines and stars."""
+    figure = Figure()
+    figure.subplots()
+    arms = described([*losses, "base"], yaml.safe_load((ROOT / "analysis" / "style.yaml").read_text()))
+    draw(figure, {arm: pd.Series(own) for arm, own in losses.items()}, arms, chosen)
+    lines = figure.axes[0].get_lines()
+    return figure.axes[0], [line for line in lines if line.get_marker() == "*"]
+
+
+def test_the_figure_of_few_arms_has_a_curve_an_arm_and_stars_at_the_best():
+    losses = {
+        "dense": {0.001: 3.4, 0.002: 3.2, 0.004: 3.3},
+        "switch": {0.001: 3.0, 0.002: 3.1},
+        "loss_free": {0.001: 9.0},
+    }
+    axes, stars = drawn(trials_module.curves, losses, {"dense"})
+    assert [star.get_xydata().tolist() for star in stars] == [[[2.0, 3.2]], [[1.0, 3.0]]]  # thousandths, nats
+    assert [star.get_markerfacecolor() == "white" for star in stars] == [False, True]
+    assert axes.get_ylim() == pytest.approx((2.975, 3.4))  # a single rate is no curve, and moves no axis
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Dense", "Switch"]
+
+
+def test_the_figure_of_many_arms_has_a_row_an_arm():
+    losses = {"dense": {0.001: 3.4, 0.002: 3.2}, "switch": {0.001: 3.0}}
+    axes, stars = drawn(trials_module.rows_of_dots, losses, {"switch"})
+    assert [star.get_xydata().tolist() for star in stars] == [[[2.0, 0.0]], [[1.0, 1.0]]]
+    assert [star.get_markerfacecolor() == "white" for star in stars] == [True, False]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["Dense", "Switch", "BASE"]
 
 
 def trials(**losses: list[float]) -> list[dict]:
