@@ -37,9 +37,10 @@ def load(name: str) -> dict[str, Any]:
 
 
 def declared(sweep: str) -> dict[str, Any]:
-    """What declared.yaml says of this sweep, over its default."""
+    """What declared.yaml says of this sweep, or of the longest name that it begins with before an underscore, over its
+    default."""
     known = load("declared")
-    return {"margin": known["margin"]} | known["default"] | known["sweeps"].get(sweep, {})
+    return {"margin": known["margin"]} | known["default"] | known["sweeps"].get(method_of(sweep, known["sweeps"]), {})
 
 
 def described(names: Iterable[str], style: dict) -> dict[str, Arm]:

@@ -81,7 +81,7 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
     arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
     unknown = NO_LEDGER if any(study.found[run].mirrored for run in configs) else ""
-    runs["tuning"] = "\n".join(ledger.notes(results, study.scale, arms, folder)) or unknown
+    runs["tuning"] = "; ".join(ledger.notes(results, study.scale, arms, folder)) or unknown
     for key in published_settings(asked.get("published", [])):
         runs[OF_PAPER + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     for key in differing(settings):

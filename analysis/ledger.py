@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tabulate import tabulate
@@ -14,6 +15,7 @@ from analysis.arms import plural
 
 COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
 COLUMNS += ("chosen", "at_edge", "outcome")
+ROUTERS = Path(__file__).resolve().parent.parent / "conf" / "router"
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 
@@ -82,8 +84,8 @@ def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs
     """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. [] if there
     is no ledger: neither one in results, which is what tuned= reads, nor the trials of sweeps=tune in runs.
 
-    arms: label -> the flat settings of its runs, as far as they are known; the ledger's arm is the longest that a label
-    begins with (that of NAME_64 is NAME).
+    arms: label -> the flat settings of its runs, as far as they are known; the ledger's arm is the longest, of its own
+    and of all routers', that a label begins with (that of NAME_64 is NAME).
     """
     path = results / scale / "tune" / "ledger.csv"
     rows = []
@@ -97,8 +99,9 @@ def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs
     if not rows:
         return []
     lines: dict[str, list[dict[str, Any]]] = {}
+    names = {row["arm"] for row in rows} | {path.stem for path in ROUTERS.glob("*.yaml")}
     for arm, own in arms.items():
-        known = [name for name in {row["arm"] for row in rows} if arm == name or arm.startswith(f"{name}_")]
+        known = [name for name in names if arm == name or arm.startswith(f"{name}_")]
         lines.setdefault(max(known, key=len, default=arm), []).extend(own)
     return [_note([row for row in rows if row["arm"] == name], name, own) for name, own in lines.items()]
 
@@ -120,7 +123,7 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     knob = f", {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""
     edge = ", still at an edge" if chosen["at_edge"] == "True" else ""
     best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} (validation {chosen['val_ce']} nats{edge})"
-    return f"{arm}: {best}, {_use(chosen, runs)}"
+    return f"{arm}: {best}, {_use(rows, runs)}"
 
 
 def ended(outcomes: Iterable[str]) -> str:
@@ -129,12 +132,25 @@ def ended(outcomes: Iterable[str]) -> str:
     return str(len(found)) if all(found) else f"{sum(found)} of {len(found)}"
 
 
-def _use(chosen: dict[str, str], runs: list[dict[str, Any]]) -> str:
-    wanted = {"train.lr": chosen["lr"]} | ({chosen["knob"]: chosen["value"]} if chosen["knob"] else {})
-    used = [all(run[key] == float(value) for key, value in wanted.items()) for run in runs if {*wanted} <= run.keys()]
-    if not used:
+def _use(rows: list[dict[str, str]], runs: list[dict[str, Any]]) -> str:
+    """Whether these runs have the settings chosen; and what others, if all others have the same, lost in the trials."""
+    keys = ["train.lr", *filter(None, [rows[0]["knob"]])]
+    losses: dict[tuple[float, ...], list[float]] = {}
+    for row in rows:
+        place = tuple(float(row[key]) for key in ("lr", "value")[: len(keys)])
+        losses.setdefault(place, []).append(float(row["val_ce"]))  # that of a chosen ledger has no trial without one
+        if row["chosen"] == "True":
+            chosen = place
+    have = [tuple(run[key] for key in keys) for run in runs if {*keys} <= run.keys()]
+    if not have:
         return "of these runs not known"
-    return "used" if all(used) else f"NOT used here by {used.count(False)} of {len(used)} runs"
+    others = [place for place in have if place != chosen]
+    if not others:
+        return "used"
+    lost = ""
+    if len({*others}) == 1 and others[0] in losses:
+        lost = f", whose own lost {mean(losses[others[0]]) - mean(losses[chosen]):.4f} nats to it"
+    return f"NOT used here by {len(others)} of {len(have)} runs{lost}"
 
 
 def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:

@@ -341,6 +341,11 @@ def test_other_kinds_of_tables_and_figures_come_of_the_same_runs(trained, tmp_pa
     assert said.get(name, "by table draw (p ") in printed
 
 
+def test_a_sweep_asks_what_the_one_does_with_whose_name_it_begins():
+    assert declared("main_tuned") == declared("main") != declared("mainly") == declared("mine")
+    assert declared("hash_methods")["reference"] == "hash_balanced"
+
+
 def test_every_router_has_a_look_of_its_own_and_every_declared_reference_one():
     arms = load("style")["arms"]
     routers = {path.stem for path in (ROOT / "conf" / "router").glob("*.yaml")}
@@ -402,7 +407,7 @@ def test_a_noise_floor_and_a_ledger_are_found_beside_the_runs(runs, tmp_path):
     printed = report("modules", runs, tmp_path / "results")
     assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
     assert "dense: 1 trial on the validation split, seed 100, nothing chosen yet" in printed
-    assert "switch_16: not tuned" in printed
+    assert "switch: not tuned" in printed
 
 
 def test_our_figures_stand_in_no_published_row_of_another_setting(trained, tmp_path):
