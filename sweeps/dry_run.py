@@ -34,7 +34,7 @@ def single(config: DictConfig) -> Planned:
 def report(planned: Sequence[Planned]) -> int:
     """Print the table. Exit status: 0, or 2 if a job is invalid, each of which is named."""
     rows, known, left, why = {}, {}, {}, set()
-    pace = {each.settings.runs: Pace(Path(each.settings.runs)) for each in planned if each.settings}
+    pace = {runs: Pace(Path(runs)) for runs in {each.settings.runs for each in planned if each.settings}}
     for each in planned:
         if (settings := each.settings) is None:
             continue

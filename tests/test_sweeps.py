@@ -308,6 +308,13 @@ def test_time_to_come_is_by_runs_of_such_a_device(tmp_path):
     assert Pace(tmp_path).seconds(settings, needed)[1] == "an assumed speed"
 
 
+def test_a_dry_run_reads_the_finished_runs_once_for_all_jobs(tiny, monkeypatch):
+    opened = []
+    monkeypatch.setattr(dry_run, "Pace", lambda runs: opened.append(runs) or Pace(runs))
+    jobs = plan_of("main", *tiny, "router=dense", "seed=0,1", data=open_data).jobs
+    assert dry_run.report(jobs) == 0 and len(jobs) > 1 == len(opened)
+
+
 def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text(tiny, tmp_path, capsys):
     def printed(*words: str, data=open_data) -> str:
         assert dry_run.report(plan_of("main", *tiny_here, "router=dense,switch", "seed=0", *words, data=data).jobs) == 0
