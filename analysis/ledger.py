@@ -3,6 +3,7 @@
 import argparse
 import csv
 import math
+import signal
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -188,4 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

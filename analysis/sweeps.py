@@ -1,5 +1,6 @@
 """`python -m analysis.sweeps [scale=small ...]`: all sweeps, their jobs, how they stand and the time still needed."""
 
+import signal
 import sys
 
 from sweeps.overview import overview  # composing is the launcher's work; here is only the command's name
@@ -18,4 +19,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

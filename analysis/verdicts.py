@@ -8,6 +8,7 @@ neither for nor against; where the floor is above the margin, that two arms are 
 """
 
 import argparse
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -32,12 +33,8 @@ FLOOR += "methods are equal cannot be told"
 FIGURES = (
     "[low, high]: the 95 % t-interval of that figure alone (of a range, of the arms found worst and best), by the "
 )
-FIGURES += (
-    "scatter that its line names; those of tables hold for all at once. p for, p against: one-sided, of what the part "
-)
-FIGURES += (
-    "expects and of its opposite (of a range by Tukey's test, and that all are within the margin), corrected for no "
-)
+FIGURES += "scatter that its line names; those of tables hold for all at once. p for it, against it: one-sided, of what the part "
+FIGURES += "the part expects and of its opposite (of a range by Tukey's test, and that all are within the margin), corrected for no "
 FIGURES += (
     "other part; 1 unless the figure is past its bound by the noise floor. A claim's p, before Holm's correction: "
 )
@@ -160,7 +157,7 @@ def _part(part: Outcome) -> list[str]:
         floor = "unknown" if np.isnan(part.floor) else f"{part.floor:.4f}" + " of the logarithm" * (part.unit == TIMES)
         told = "cannot be told, the noise floor is above the margin" if part.blind else _number(part.p_for)
         said = f"{figure(part.estimate, part.unit)} {part.unit}, n = {part.estimate.n}; "
-        said += f"p for {told}, against {_number(part.p_against)}; noise floor {floor}"
+        said += f"p for it: {told}, against it: {_number(part.p_against)}; noise floor {floor}"
     said += f"; {part.scatter}" if part.scatter else ""
     read = f"{part.read}: " if part.read else ""
     runs = _wrapped(read + " ".join(part.runs)) if part.runs else []
@@ -200,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -270,7 +270,7 @@ def test_the_interval_that_is_printed_is_of_that_figure_alone_as_the_legend_says
     }
     said = " ".join(printed([verdict_of("C1", {"main": main})], "smoke", 0.05, 0.008).split())
     assert said.count("+0.0040 [+0.0030, +0.0050] nats, n = 3") == len(PLACES)
-    assert "[low, high]: the 95 % t-interval of that figure alone" in said and "p for, p against: one-sided" in said
+    assert "[low, high]: the 95 % t-interval of that figure alone" in said and "p for it, against it: one-sided" in said
 
 
 def c2(balanced: np.ndarray, random: np.ndarray, dispersed: np.ndarray) -> Verdict:
@@ -436,7 +436,7 @@ def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_th
     found = judged_of(tmp_path)[1]
     assert found.claim == "C2" and found.verdict == verdict
     said = " ".join(printed([found], "smoke", 0.05, 0.008).split())
-    assert "p for cannot be told, the noise floor is above the margin, against" in said
+    assert "p for it: cannot be told, the noise floor is above the margin, against it: " in said
     assert "the margin: 0.008 nats, within which two" in said and "(noise floor): it is above the margin" in said
     (tmp_path / "sweeps" / "noise_floor.json").unlink()
     assert verdicts_of(tmp_path)["C2"] == ("contradicted" if apart == 0.1 else "supported")
@@ -466,7 +466,7 @@ def test_rates_decide_only_if_they_were_measured_in_one_way(trained, tmp_path):
     assert found.verdict == "supported" and estimate.dof == SEEDS - 1
     assert estimate.error == pytest.approx(0.001 * (2 / SEEDS) ** 0.5, rel=0.6)
     said = " ".join(printed([found], "smoke", 0.05, 0.008).split())
-    assert "whatever else the machine did" in said and "1.10" in said and " times, n = 4; p for < 0.0001" in said
+    assert "whatever else the machine did" in said and "1.10" in said and " times, n = 4; p for it: < 0.0001" in said
     changes = {"device": "another", "command": ["run.py", "sweeps=modules"]}
     for key, value in changes.items():
         folder = next(tmp_path.glob("base-s1-*"))
