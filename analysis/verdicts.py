@@ -30,8 +30,8 @@ REPEATS = "noise_floor"  # the sweep of one run repeated
 FLOOR = """the noise floor: how far a figure may differ where the same runs are repeated (sweeps=noise_floor, 95 %).
 (below noise floor): a figure is past its bound by less; (noise floor): it is above the margin, and that two methods are
 equal cannot be told"""
-FIGURES = """[low, high]: the 95 % t-interval of that figure alone (of a range, of the arms found worst and best), by the
-scatter that its line names; those of tables hold for all at once. p for it, against it: one-sided, of what the part
+FIGURES = """[low, high]: the 95 % t-interval of that figure alone (of a range, of the arms found worst and best), by
+the scatter that its line names; those of tables hold for all at once. p for it, against it: one-sided, of what the part
 expects and of its opposite (of a range by Tukey's test, and that all are within the margin), corrected for no other
 part; 1 unless the figure is past its bound by the noise floor. A claim's p, before Holm's correction: twice its largest
 p for it, or its smallest p against it times its parts if that is less"""
