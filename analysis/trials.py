@@ -100,8 +100,7 @@ def _text(key: str, cell: Any) -> str:
 def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
     """Loss over learning rate, of few arms as curves, else of each arm in a row; the same trials are the same bytes."""
     arms = described(rows["arm"], style)
-    found: Any = rows.loc[np.isfinite(rows["val_ce"])]
-    losses = {arm: own.groupby("lr")["val_ce"].min() for arm, own in found.groupby("arm", sort=False)}
+    losses = by_rate(rows)
     chosen = {*rows.loc[rows["chosen"], "arm"]}
     with context(["default", style["matplotlib"]]):
         figure = Figure()
@@ -116,6 +115,15 @@ def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("learning rate (thousandths)")
         save(figure, folder, "figure")
+
+
+def by_rate(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """arm -> of each learning rate the lowest loss over the knob's values; a loss is the mean over the seeds that tried
+    a place, of which none may have diverged."""
+    places: Any = rows.assign(value=rows["value"].fillna(0.0)).dropna(subset="val_ce")
+    means = places.groupby(["arm", "lr", "value"], sort=False)["val_ce"].mean()
+    best = means[np.isfinite(means)].groupby(level=["arm", "lr"]).min()
+    return {arm: best.loc[arm] for arm in dict.fromkeys(rows["arm"]) if arm in best.index}
 
 
 def curves(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], chosen: set[str]) -> None:

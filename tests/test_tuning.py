@@ -185,6 +185,16 @@ def drawn(draw, losses, chosen):
     return figure.axes[0], [line for line in lines if line.get_marker() == "*"]
 
 
+def test_a_loss_by_rate_is_the_best_knob_s_mean_over_seeds():
+    """At 0.001 the knob's 0.1 has the lowest single loss and the worse mean; at 0.002 a seed diverged."""
+    tried = [(0.001, 0.01, 3.0), (0.001, 0.01, 3.2), (0.001, 0.1, 2.8), (0.001, 0.1, 3.6), (0.002, 0.01, 2.0)]
+    rows = pd.DataFrame([("switch", *row) for row in [*tried, (0.002, 0.01, math.inf)]])
+    rows.loc[len(rows)] = ("dense", 0.001, math.nan, 3.5)
+    rows.loc[len(rows)] = ("base", 0.001, math.nan, math.nan)  # has not ended
+    found = trials_module.by_rate(rows.set_axis(["arm", "lr", "value", "val_ce"], axis="columns"))
+    assert {arm: own.to_dict() for arm, own in found.items()} == {"switch": {0.001: 3.1}, "dense": {0.001: 3.5}}
+
+
 def test_the_figure_of_few_arms_has_a_curve_an_arm_and_stars_at_the_best():
     losses = {
         "dense": {0.001: 3.4, 0.002: 3.2, 0.004: 3.3},
