@@ -37,10 +37,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def declared(sweep: str) -> dict[str, Any]:
-    """What declared.yaml says of this sweep, or of the longest name that it begins with before an underscore, over its
-    default."""
-    known = load("declared")
-    return {"margin": known["margin"]} | known["default"] | known["sweeps"].get(method_of(sweep, known["sweeps"]), {})
+    """What declared.yaml says of this sweep, which may be NAME_tuned of a NAME there, over its default."""
+    known, own = load("declared"), sweep.removesuffix("_tuned")
+    return {"margin": known["margin"]} | known["default"] | known["sweeps"].get(own, {})
 
 
 def described(names: Iterable[str], style: dict) -> dict[str, Arm]:

@@ -35,6 +35,8 @@ TEXTS = (
     "code",
     "own_files",
     "device",
+    "tuned",
+    "knob",
 )
 TEXTS += ("data_fingerprint", "run_command", "commit", "dirty", "python", "versions", "precision", "dispatch")
 SETTING = "config/"  # begins the columns of settings that differ among counted runs
@@ -54,31 +56,18 @@ NOT_COMPARED = ("data.cache", "data.folder", "train.micro_batch")  # where thing
 
 
 def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
-    """study.runs with columns for the sweep, the origin and what only run folders can tell, in job order."""
-    runs = study.runs.copy()
-    runs["listed"] = study.listed
-    corpus = study.config["data"]["corpus"]
-    text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
-    runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
-    if not folder.is_absolute() and folder != Path("runs"):  # nothing committed names a machine's folders
-        runs["folder"] = str(folder)
-    if whys := several_commits(study.counted):
-        runs["same_code"] = "\n".join(whys)
+    """with_origin, and what only run folders can tell."""
+    runs = with_origin(study, folder, style)
     runs["noise_floor"] = (
         floor_of(study.counted) if study.name == REPEATS else known_floor(study.scale, folder, results)
     )
-    if "leaks" in runs:
-        runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
     if lines := unlogged(study, folder):
         runs["unlogged"] = "\n".join(lines)
-    origins = [
-        origin(study.found[run].origin()) if kind == "finished" else {}
-        for run, kind in zip(runs["id"], runs["outcome"])
-    ]
-    runs = pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
     configs = {run: _config(study.found[run]) for run in study.counted["id"]}
     settings = {run: flat(config) for run, config in configs.items() if config}
-    by_arm = {arm: [settings.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
+    of_text = study.counted.set_index("id").loc[:, ["tokens", "data_fingerprint"]].to_dict("index")
+    known = {run: own | of_text[run] for run, own in settings.items()}
+    by_arm = {arm: [known.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
     arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
     unknown = NO_LEDGER if any(study.found[run].mirrored for run in configs) else ""
     runs["tuning"] = "; ".join(ledger.notes(results, study.scale, arms, folder)) or unknown
@@ -94,6 +83,26 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     for place, key in enumerate(("documents_low", "documents_high")):
         runs[key] = [intervals.get(arm, (np.nan, np.nan))[place] for arm in runs["arm"]]
     return runs
+
+
+def with_origin(study: Study, folder: Path, style: dict) -> pd.DataFrame:
+    """study.runs in job order, with columns for the sweep, its text and the runs' origin."""
+    runs = study.runs.copy()
+    runs["listed"] = study.listed
+    corpus = study.config["data"]["corpus"]
+    text = style["corpora"].get(corpus["_target_"], corpus["_target_"]).format(**corpus)
+    runs["sweep"], runs["scale"], runs["sweep_command"], runs["corpus"] = study.name, study.scale, study.command, text
+    if not folder.is_absolute() and folder != Path("runs"):  # nothing committed names a machine's folders
+        runs["folder"] = str(folder)
+    if whys := several_commits(study.counted):
+        runs["same_code"] = "\n".join(whys)
+    if "leaks" in runs:
+        runs["leaks"] = [each if isinstance(each, str) else "; ".join(_listed(each)) for each in runs["leaks"]]
+    origins = [
+        origin(study.found[run].origin()) if kind == "finished" else {}
+        for run, kind in zip(runs["id"], runs["outcome"])
+    ]
+    return pd.concat([runs, pd.DataFrame(origins, index=runs.index)], axis="columns")
 
 
 def several_commits(counted: pd.DataFrame) -> list[str]:

@@ -122,8 +122,9 @@ def token_unit(most: float) -> tuple[str, float]:
 
 
 def explain(figure: Figure, text: str) -> None:
-    """What bars, bands and n are, under the picture."""
-    figure.supxlabel(text, fontsize=6)
+    """What bars, bands and n are, under the picture, in lines that it has room for."""
+    room = int(figure.get_figwidth() / 0.041)  # inches, about a letter's width
+    figure.supxlabel("\n".join(broken(line, room) for line in text.split("\n")), fontsize=6)
 
 
 def of_bands(n: int) -> str:

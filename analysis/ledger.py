@@ -15,7 +15,8 @@ from tabulate import tabulate
 from analysis.arms import plural
 
 COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
-COLUMNS += ("chosen", "at_edge", "outcome")
+COLUMNS += ("chosen", "at_edge", "outcome", "unchanged", "tokens", "data_fingerprint")
+SHOWN = ("arm", "trial", "lr", "knob", "value", "seed", "val_ce", "chosen")
 ROUTERS = Path(__file__).resolve().parent.parent / "conf" / "router"
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
@@ -48,7 +49,11 @@ def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]
     for cell, run in zip(record.cells, read_runs(record, runs)[0].to_dict("records")):
         if cell.get("place"):
             loss = {"finished": run.get("val/ce"), "diverged": math.inf}.get(run["outcome"])
-            arms.setdefault(cell["tuned"], []).append(cell | {"val_ce": loss, "outcome": run["outcome"]})
+            plain = not cell["arm"].endswith("_".join(["_trial", *map(str, cell["place"])]))
+            own = {"val_ce": loss, "outcome": run["outcome"], "unchanged": plain}
+            if loss is not None:
+                own |= {key: run[key] for key in ("tokens", "data_fingerprint")}
+            arms.setdefault(cell["tuned"], []).append(cell | own)
     if not arms:
         raise ValueError(f"the sweep {sweep!r} has no trials: it is no sweep of trial=all")
     rows, left = [], []
@@ -56,7 +61,7 @@ def ledger(runs: Path, sweep: str) -> tuple[str, list[dict[str, Any]], list[str]
         best, at_edge, why = choose(cells)
         left += [f"{arm}: {why}"] if why else []
         for number, cell in enumerate(cells):
-            own = {key: cell[key] for key in ("lr", "knob", "value", "seed", "run", "val_ce", "outcome")}
+            own = {key: cell.get(key) for key in COLUMNS}
             own |= {"scale": record.scale, "arm": arm, "trial": number, "chosen": best == tuple(cell["place"])}
             rows.append({key: (own | {"at_edge": own["chosen"] and at_edge})[key] for key in COLUMNS})
     return record.scale, rows, left
@@ -82,17 +87,23 @@ def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, s
 
 
 def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs: Path | None = None) -> list[str]:
-    """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. [] if there
-    is no ledger: neither one in results, which is what tuned= reads, nor the trials of sweeps=tune in runs.
+    """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. By the ledger
+    that the runs were tuned= by, if it is one and still there, else by that of sweeps=tune in results, else by its
+    trials in runs; [] if there is none. ValueError if it lacks a column.
 
-    arms: label -> the flat settings of its runs, as far as they are known; the ledger's arm is the longest, of its own
-    and of all routers', that a label begins with (that of NAME_64 is NAME).
+    arms: label -> the flat settings of its runs, with tokens and data_fingerprint, as far as they are known; the
+    ledger's arm is the longest, of its own and of all routers', that a label begins with (that of NAME_64 is NAME).
     """
     path = results / scale / "tune" / "ledger.csv"
+    used = {Path(own["tuned"]) for settings in arms.values() for own in settings if own.get("tuned")}
+    path = used.pop() if len(used) == 1 and min(used).exists() else path
     rows = []
     if path.exists():
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
+        if missing := {*COLUMNS} - {*(rows[0] if rows else COLUMNS)}:
+            lacks = f"it has no column {min(missing)}"
+            raise ValueError(f"{path} is no ledger that can be read: {lacks}; python -m analysis.report tune writes it")
     elif runs and (runs / "sweeps" / "tune.json").exists():
         with suppress(ValueError):  # no trials
             trained, found, _ = ledger(runs, "tune")
@@ -109,7 +120,9 @@ def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs
 
 def written(row: dict[str, Any]) -> dict[str, Any]:
     """A row as ledger.csv has it."""
-    return row | {"val_ce": "" if row["val_ce"] is None else f"{row['val_ce']:.6f}", "knob": row["knob"] or ""}
+    empty = {key: "" for key, value in row.items() if value is None}
+    losses = {} if row["val_ce"] is None else {"val_ce": f"{row['val_ce']:.6f}", "tokens": f"{row['tokens']:.0f}"}
+    return row | empty | losses
 
 
 def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> str:
@@ -117,13 +130,13 @@ def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> s
     if not rows:
         return f"{arm}: not tuned"
     seeds = sorted({row["seed"] for row in rows})
-    tried = f"{ended([row['outcome'] for row in rows])} {plural('trial', len(rows))} on the validation split, "
-    tried += f"{plural('seed', len(seeds))} {', '.join(seeds)}"
+    tried = f"{ended([row['outcome'] for row in rows])} {plural('trial', len(rows))} of the plain arm"
+    tried += f" (validation, {plural('seed', len(seeds))} {', '.join(seeds)})"
     if chosen is None:
-        return f"{arm}: {tried}, nothing chosen yet"
-    knob = f", {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""
-    edge = ", still at an edge" if chosen["at_edge"] == "True" else ""
-    best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} (validation {chosen['val_ce']} nats{edge})"
+        return f"{arm}: {tried} have ended, and nothing is chosen before all have"
+    knob = f" {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""
+    edge = " and still at an edge" if chosen["at_edge"] == "True" else ""
+    best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} with {chosen['val_ce']} nats{edge}"
     return f"{arm}: {best}, {_use(rows, runs)}"
 
 
@@ -134,24 +147,31 @@ def ended(outcomes: Iterable[str]) -> str:
 
 
 def _use(rows: list[dict[str, str]], runs: list[dict[str, Any]]) -> str:
-    """Whether these runs have the settings chosen; and what others, if all others have the same, lost in the trials."""
+    """Whether these runs have the settings chosen; if all others have the same, how much worse those were in the
+    trials; and how many of the runs are of another text or budget than these."""
     keys = ["train.lr", *filter(None, [rows[0]["knob"]])]
     losses: dict[tuple[float, ...], list[float]] = {}
     for row in rows:
         place = tuple(float(row[key]) for key in ("lr", "value")[: len(keys)])
-        losses.setdefault(place, []).append(float(row["val_ce"]))  # that of a chosen ledger has no trial without one
+        losses.setdefault(place, []).append(float(row["val_ce"]))  # a chosen ledger has no trial without one
         if row["chosen"] == "True":
-            chosen = place
-    have = [tuple(run[key] for key in keys) for run in runs if {*keys} <= run.keys()]
-    if not have:
+            chosen, of_trials = place, (float(row["tokens"]), row["data_fingerprint"])
+    known = [run for run in runs if {*keys, "tokens", "data_fingerprint"} <= run.keys()]
+    if not known:
         return "of these runs not known"
-    others = [place for place in have if place != chosen]
-    if not others:
-        return "used"
-    lost = ""
-    if len({*others}) == 1 and others[0] in losses:
-        lost = f", whose own lost {mean(losses[others[0]]) - mean(losses[chosen]):.4f} nats to it"
-    return f"NOT used here by {len(others)} of {len(have)} runs{lost}"
+    alike = [run for run in known if (run["tokens"], run["data_fingerprint"]) == of_trials]
+    others = [place for place in (tuple(run[key] for key in keys) for run in alike) if place != chosen]
+    said = []
+    if others:
+        said = [f"NOT used here by {len(others)} of {len(known)} runs"]
+        if len({*others}) == 1 and others[0] in losses:
+            worse = mean(losses[others[0]]) - mean(losses[chosen])
+            said[0] += f": theirs {'was ' + format(worse, '.4f') + ' nats worse' if worse < math.inf else 'diverged'}"
+    elif alike:
+        said = ["used"]
+    if unlike := len(known) - len(alike):
+        said.append(f"{unlike} of {len(known)} runs are of another text or budget than the trials")
+    return ", ".join(said)
 
 
 def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
@@ -164,8 +184,7 @@ def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    columns = [key for key in COLUMNS if key not in ("scale", "run", "at_edge", "outcome")]
-    shown = [{key: row[key] for key in columns} | {"chosen": "*" * row["chosen"]} for row in rows]
+    shown = [{key: row[key] for key in SHOWN} | {"chosen": "*" * row["chosen"]} for row in rows]
     edge = dict.fromkeys(row["arm"] for row in rows if row["at_edge"])
     lines = ["not chosen yet; the same sweep again goes on:", *(f"  {line}" for line in left)] if left else []
     lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]

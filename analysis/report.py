@@ -19,7 +19,7 @@ from analysis.figures import save_figure
 from analysis.published import published, routing_curves
 from analysis.runs import Mirror, read_record, read_study
 from analysis.summary import summary
-from analysis.trials import report_trials
+from analysis.trials import report_trials, write_table
 from analysis.wandb_runs import mirrors
 
 
@@ -140,7 +140,8 @@ def main() -> None:
             if Path(given.name).name != "runs.csv":
                 raise ValueError(f"{given.name} is no runs.csv of a report: that is its name")
             folder = Path(given.name).parent
-            print(f"{write_tables(folder, load('style'))[0]}\n\n{tables_at(folder)}")
+            again = write_table if (folder / "ledger.csv").exists() else write_tables
+            print(f"{again(folder, load('style'))[0]}\n\n{tables_at(folder)}")
             return
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)

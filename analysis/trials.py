@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import NullLocator
 
-from analysis import ledger
-from analysis.arms import Arm, described, plural
+from analysis import behind, ledger, notes
+from analysis.arms import Arm, described
 from analysis.figures import MOST_CURVES, explain
 from analysis.layout import legend_inside_or_above, save
+from analysis.runs import read_study
 from analysis.tables import in_latex, of_columns
 
 COLUMNS = {
@@ -26,16 +27,19 @@ COLUMNS = {
     "value": "its value",
     "val_ce": "validation loss",
     "at_scale": "at the scale's rate",
-    "note": "",
+    "state": "state",
 }
-LEFT = tuple(list(COLUMNS).index(key) for key in ("method", "knob", "note"))
+LEFT = tuple(list(COLUMNS).index(key) for key in ("method", "knob", "state"))
 FAR = 0.1  # nats above an arm's best that are drawn black; of curves twice as many are shown above the worst arm's best
 
 
 def report_trials(runs: Path, results: Path, sweep: str, style: dict) -> str:
-    """Write ledger, table and figure to results/<scale>/<sweep>/; return what to print."""
-    folder = results / ledger.ledger(runs, sweep)[0] / sweep
+    """Write ledger, runs, table and figure to results/<scale>/<sweep>/; return what to print. ValueError if no trial
+    has finished."""
+    study = read_study(sweep, runs)
+    folder = results / study.scale / sweep
     left = ledger.write(runs, results, sweep)[1]
+    behind.write(behind.with_origin(study, runs, style).drop(columns="place"), folder / "runs.csv")
     printed, rows = write_table(folder, style)
     save_figure(rows, folder, style)
     where = f"table   {folder}/table.md, table.tex, table.csv\nfigure  {folder}/figure.png, figure.pdf"
@@ -43,22 +47,24 @@ def report_trials(runs: Path, results: Path, sweep: str, style: dict) -> str:
 
 
 def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
-    """table.csv, table.md and table.tex from folder/ledger.csv alone; what to print, and the ledger as a frame."""
+    """table.csv, table.md and table.tex from folder/ledger.csv, and what runs.csv says of its trials; what to print,
+    and the ledger as a frame. ValueError if there is no runs.csv."""
+    runs = behind.read(folder / "runs.csv")
     rows = pd.read_csv(folder / "ledger.csv", dtype={"run": str})
     table = best_trials(rows, style)
     table.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
-    seeds = [str(seed) for seed in sorted(rows["seed"].unique())]
-    head = f"{folder.name} at scale {rows['scale'].iloc[0]}: {len(rows)} trials of {len(table)} arms, "
-    head += f"{plural('seed', len(seeds))} {', '.join(seeds)}"
-    lines = "validation loss: nats per token, of the best trial so far and of the one with nothing changed"
-    apart = rows.loc[~rows["outcome"].isin(["finished", "diverged"])]
-    lines += "\ntrials that count for nothing, and keep their arm open:" if len(apart) else ""
-    lines += "".join(f"\n  {run}: {outcome}" for run, outcome in zip(apart["run"], apart["outcome"]))
+    head = f"{notes.header(runs)}\n{ledger.ended(rows['outcome'])} trials of {len(table)} arms have ended"
+    lines = ["validation loss: nats per token, of the best trial that has ended, and of the one with nothing changed"]
+    lines += ["state: chosen once all trials have ended, and those beyond an edge at which the best one lay"]
+    apart = rows.loc[~rows["outcome"].isin(["finished", "diverged", "missing"])]
+    lines += [f"does not count: {run}, {outcome}" for run, outcome in zip(apart["run"], apart["outcome"])]
+    lines += runs["same_code"].iloc[0].split("\n") if "same_code" in runs else []
+    text = "\n".join(notes.folded(lines))
     headers, cells = [*COLUMNS.values()], [[_text(key, row[key]) for key in COLUMNS] for _, row in table.iterrows()]
     made = {form: of_columns(cells, headers, form, LEFT) for form in ("pipe", "latex_booktabs", "simple")}
-    (folder / "table.md").write_text(f"{head}\n\n{made['pipe']}\n\n```text\n{lines}\n```\n")
-    (folder / "table.tex").write_text(in_latex(head, made["latex_booktabs"], lines))
-    return f"{head}\n\n{made['simple']}\n\n{lines}", rows
+    (folder / "table.md").write_text(f"{head}\n\n{made['pipe']}\n\n```text\n{text}\n```\n")
+    (folder / "table.tex").write_text(in_latex(head, made["latex_booktabs"], text))
+    return f"{head}\n\n{made['simple']}\n\n{text}", rows
 
 
 def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
@@ -72,21 +78,18 @@ def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
         if math.isinf(losses[place]):  # none has finished yet
             lr, value = None, None
         knob = own["knob"].iloc[0] if own["knob"].notna().any() else None
-        note = "more to try" if not chosen else "at an edge" if own["at_edge"].any() else ""
+        open_ = (~own["outcome"].isin(["finished", "diverged"])).sum()
+        state = f"{open_} to go" if open_ else "chosen" if chosen else "more to try"
+        state += ", at an edge" if own["at_edge"].any() else ""
         line = {"method": arms[str(arm)].label, "trials": ledger.ended(own["outcome"]), "lr": lr, "knob": knob}
         line |= {
             "value": value if knob else None,
             "val_ce": losses[place] if lr else None,
-            "at_scale": unchanged(own)["val_ce"].mean(),
-            "note": note,
+            "at_scale": own.loc[own["unchanged"], "val_ce"].mean(),
+            "state": state,
         }
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def unchanged(rows: pd.DataFrame) -> pd.DataFrame:
-    """The trials of nothing but what the scale and the router's yaml say: the names of others tell their number."""
-    return rows.loc[[run.startswith(f"{arm}-s") for run, arm in zip(rows["run"], rows["arm"])]]
 
 
 def _text(key: str, cell: Any) -> str:
@@ -108,7 +111,7 @@ def save_figure(rows: pd.DataFrame, folder: Path, style: dict) -> None:
         (curves if len(arms) <= MOST_CURVES else rows_of_dots)(figure, losses, arms, chosen)
         axes.set_xscale("log", base=2)
         axes.margins(x=0.06)
-        usual = 1e3 * unchanged(rows)["lr"].median()
+        usual = 1e3 * float(np.median(rows.loc[rows["unchanged"], "lr"]))
         steps = np.log2(1e3 * rows["lr"] / usual)
         axes.set_xticks(usual * 2.0 ** np.arange(np.ceil(steps.min() - 0.01), np.floor(steps.max() + 0.01) + 1))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -142,8 +145,10 @@ def curves(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], c
         axes.set_ylim(min(bests) - FAR / 4, max(bests) + 2 * FAR)
         legend_inside_or_above(figure, axes)
     axes.set_ylabel("validation loss\n(nats per token)")
-    hollow = " (hollow: so far)" if {*drawn} - chosen else ""
-    explain(figure, f"star: the best{hollow}; each rate with the best value of the knob, if there is one")
+    told = "star: the best" + " (hollow: so far)" * bool({*drawn} - chosen)
+    told += "; of a knob each rate's best value; lines go on above"
+    bare = [arm.label for arm in arms.values() if arm.name not in drawn]
+    explain(figure, told + f"\nnot drawn, with fewer than two rates: {', '.join(bare)}" * bool(bare))
 
 
 def rows_of_dots(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], chosen: set[str]) -> None:

@@ -10,8 +10,7 @@ from analysis.arms import plural
 from data.prepare import NotPrepared
 from sweeps.estimate import Cost, Pace, cost
 from sweeps.job import duration
-from sweeps.plan import Planned, errors
-from sweeps.standing import standing
+from sweeps.plan import Planned, errors, states
 from training.build import find_data
 from training.job import open_run
 from training.preflight import read
@@ -35,6 +34,7 @@ def report(planned: Sequence[Planned]) -> int:
     """Print the table. Exit status: 0, or 2 if a job is invalid, each of which is named."""
     rows, known, left, why = {}, {}, {}, set()
     pace = {runs: Pace(Path(runs)) for runs in {each.settings.runs for each in planned if each.settings}}
+    stand = states(planned)
     for each in planned:
         if (settings := each.settings) is None:
             continue
@@ -45,8 +45,8 @@ def report(planned: Sequence[Planned]) -> int:
             each.error = str(error)
             continue
         seconds, basis = pace[settings.runs].seconds(settings, known[key])
-        state = standing(each.run.folder) if each.run else "left"
-        time = UNKNOWN if seconds is None else duration(seconds)
+        state = stand[each.run.folder] if each.run else "left"
+        time = "" if state == "done" else UNKNOWN if seconds is None else duration(seconds)
         rows.setdefault(each.name, [settings.arm, settings.seed, each.name, *figures(known[key]), time, state])
         if state != "done":
             why |= {basis} - {""}

@@ -19,8 +19,7 @@ from sweeps.composing import jobs_of
 from sweeps.dry_run import counted
 from sweeps.estimate import Pace, cost
 from sweeps.job import duration
-from sweeps.plan import Plan
-from sweeps.standing import standing
+from sweeps.plan import Plan, states
 from training.build import find_data
 from training.compose import ROOT
 from training.identity import provisional_id
@@ -53,9 +52,9 @@ def standing_of(name: str, words: list[str]) -> Standing:
         pace = pace_of(valid[0][0].runs) if valid else None
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         return Standing(name, {}, [f"{name}: {one_line(error)}"])
-    runs, costs = {}, {}
+    runs, costs, stand = {}, {}, states(plan.jobs)
     for settings, run in valid:
-        key, state = (str(run.folder), standing(run.folder)) if run else (provisional_id(settings), "left")
+        key, state = (str(run.folder), stand[run.folder]) if run else (provisional_id(settings), "left")
         runs[key] = state, 0.0
         if state != "done":
             alike = counted(settings)

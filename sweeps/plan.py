@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from analysis.ledger import beyond
 from data.prepare import NotPrepared, Prepared
 from sweeps.job import Job
+from sweeps.standing import standing
 from training.folder import has_weights
 from training.identity import provisional_id
 from training.job import DIVERGED, FINISHED, open_run
@@ -153,6 +154,18 @@ def ended_with(job: Planned) -> float | None:
     path = job.run.folder / "result.json"
     result = json.loads(path.read_text()) if path.exists() else None
     return None if result is None else result["val/ce"] if result["outcome"] == "finished" else math.inf
+
+
+def states(planned: Sequence[Planned]) -> dict[Path, str]:
+    """How the runs stand, by folder. One that is done but has kept no weights, which one that is not done starts from
+    or reads, is left: jobs_to_run trains it again."""
+    found = {each.run.folder: standing(each.run.folder) for each in planned if each.run}
+    for each in planned:
+        if each.settings and each.run and found[each.run.folder] != "done":
+            first = Path(needed(each.settings))
+            if found.get(first) == "done" and not has_weights(first):
+                found[first] = "left"
+    return found
 
 
 def jobs_to_run(planned: Sequence[Planned]) -> list[Job]:

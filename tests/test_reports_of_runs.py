@@ -341,9 +341,8 @@ def test_other_kinds_of_tables_and_figures_come_of_the_same_runs(trained, tmp_pa
     assert said.get(name, "by table draw (p ") in printed
 
 
-def test_a_sweep_asks_what_the_one_does_with_whose_name_it_begins():
-    assert declared("main_tuned") == declared("main") != declared("mainly") == declared("mine")
-    assert declared("hash_methods")["reference"] == "hash_balanced"
+def test_a_tuned_sweep_asks_what_the_plain_one_does():
+    assert declared("main_tuned") == declared("main") != declared("main_again") == declared("mine")
 
 
 def test_every_router_has_a_look_of_its_own_and_every_declared_reference_one():
@@ -406,7 +405,7 @@ def test_a_noise_floor_and_a_ledger_are_found_beside_the_runs(runs, tmp_path):
     )
     printed = report("modules", runs, tmp_path / "results")
     assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
-    assert "dense: 1 trial on the validation split, seed 100, nothing chosen yet" in printed
+    assert "dense: 1 trial of the plain arm (validation, seed 100) have ended" in printed
     assert "switch: not tuned" in printed
 
 

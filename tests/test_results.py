@@ -1,5 +1,6 @@
 """Committed results: every table comes again, to the byte, from the runs.csv beside it."""
 
+import csv
 import json
 import shutil
 import tarfile
@@ -15,21 +16,25 @@ from analysis.report import write_tables
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-MADE_OF = {"runs.csv": write_tables, "ledger.csv": trials.write_table}
-
-
-@pytest.mark.parametrize(
-    "source",
-    [path.relative_to(RESULTS) for name in MADE_OF for path in sorted(RESULTS.glob(f"*/*/{name}"))],
-    ids=str,
-)
-def test_committed_tables_come_again_from_what_is_beside_them(source, tmp_path):
-    folder = tmp_path / source.parent.name
-    folder.mkdir()
-    shutil.copy(RESULTS / source, folder)
-    MADE_OF[source.name](folder, load("style"))
+@pytest.mark.parametrize("folder", sorted(path.parent.relative_to(RESULTS) for path in RESULTS.glob("*/*/runs.csv")))
+def test_committed_tables_come_again_from_what_is_beside_them(folder, tmp_path):
+    again, committed = tmp_path / folder.name, RESULTS / folder
+    again.mkdir()
+    for source in {"runs.csv", "ledger.csv"} & {path.name for path in committed.iterdir()}:
+        shutil.copy(committed / source, again)
+    (trials.write_table if (again / "ledger.csv").exists() else write_tables)(again, load("style"))
     for name in ("table.md", "table.tex", "table.csv"):
-        assert (folder / name).read_bytes() == (RESULTS / source.parent / name).read_bytes()
+        assert (again / name).read_bytes() == (committed / name).read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*/ledger.csv")), ids=lambda path: path.parent.parent.name)
+def test_a_committed_ledger_has_the_losses_of_its_runs(path):
+    """And all of them: whether a trial counts, its loss to the digits that are written."""
+    runs = read(path.with_name("runs.csv"))
+    with path.open(newline="") as file:
+        rows = {row["run"]: (row["outcome"], row["val_ce"]) for row in csv.DictReader(file)}
+    losses = [f"{loss:.6f}" if kind == "finished" else "" for kind, loss in zip(runs["outcome"], runs["val/ce"])]
+    assert rows == dict(zip(runs["id"], zip(runs["outcome"], losses)))
 
 
 @pytest.mark.parametrize("scale", sorted({path.parent.name for path in RESULTS.glob("*/runs-*.tar.xz")}))

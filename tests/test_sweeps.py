@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +23,9 @@ from sweeps.cells import cells_of, require_apart
 from sweeps.composing import jobs_of
 from sweeps.estimate import Pace, cost
 from sweeps.overview import overview
-from sweeps.plan import Plan, errors, jobs_to_run
+from sweeps.plan import Plan, errors, jobs_to_run, states
 from training.build import open_data
+from training.folder import WEIGHTS
 from training.identity import digest_of, provisional_id
 from training.preflight import read
 from training.provenance import device_name
@@ -306,6 +309,29 @@ def test_time_to_come_is_by_runs_of_such_a_device(tmp_path):
     assert Pace(tmp_path).seconds(settings, needed) == (pytest.approx(20.0), "finished runs of the router")
     (tmp_path / "dense-s0-20.0" / "result.json").unlink()
     assert Pace(tmp_path).seconds(settings, needed)[1] == "an assumed speed"
+
+
+def test_a_finished_run_without_the_weights_that_another_needs_is_left(tmp_path):
+    """first is done and bare; later starts from it, and beside has nothing to do with it."""
+
+    def planned(name: str, start: str = ""):
+        settings = SimpleNamespace(train=SimpleNamespace(init_from=start and str(tmp_path / start)), router={})
+        return SimpleNamespace(run=SimpleNamespace(folder=tmp_path / name), settings=settings)
+
+    def told() -> list[str]:
+        jobs = [planned("first"), planned("later", "first"), planned("beside")]
+        return list(states(jobs).values())  # type: ignore[arg-type]
+
+    for name in ("first", "beside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text('{"outcome": "finished"}')
+    assert told() == ["left", "left", "done"]
+    (tmp_path / "first" / "checkpoints" / "9").mkdir(parents=True)
+    (tmp_path / "first" / "checkpoints" / "9" / WEIGHTS[0]).touch()
+    assert told() == ["done", "left", "done"]
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    shutil.copytree(tmp_path / "beside", tmp_path / "later")
+    assert told() == ["done", "done", "done"]  # nothing needs them any more
 
 
 def test_a_dry_run_reads_the_finished_runs_once_for_all_jobs(tiny, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from analysis import trials as trials_module
 from analysis.arms import described
 from analysis.report import report
 from sweeps.composing import jobs_of
+from sweeps.hydra_plugins.local_queue import record as write_record
 from sweeps.plan import Plan
 from training.build import open_data
 from training.compose import composed
@@ -79,6 +81,8 @@ def write_trial(folder: Path, loss: float | None, **result) -> None:
     (folder / "result.json").write_text(json.dumps(outcome | about | result))
     origin = {"git": {"commit": "a" * 40, "dirty": None}, "device": "Some CPU"}
     (folder / "provenance.json").write_text(json.dumps(origin))
+    corpus = {"_target_": "data.corpora.TextFiles", "files": "*.txt"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"corpus": corpus}}))
 
 
 @pytest.fixture
@@ -93,7 +97,8 @@ def record(tmp_path):
             write_trial(runs / name, loss)
             knob = {"knob": "router.load_balance_coef", "value": [0.01, 0.1][place[1]]} if len(place) > 1 else {}
             tuned = {"tuned": arm, "place": place, "lr": 0.001 * 2 ** place[0], "knob": None, "value": None} | knob
-            cells.append({"arm": name, "seed": 100, "run": name} | tuned)
+            label = "_".join([arm, "trial", *map(str, place)]) if any(place) else arm  # nothing changed at the first
+            cells.append({"arm": label, "seed": 100, "run": name} | tuned)
     (runs / "sweeps").mkdir()
     (runs / "sweeps" / "tune.json").write_text(
         json.dumps({"scale": "smoke", "command": [], "cells": cells, "runs": []})
@@ -111,19 +116,23 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
         ("dense", "0.002", "2.900000")
     ]
     assert [row["val_ce"] for row in rows if row["arm"] == "dense"][2] == "inf"  # diverged, and counted as tried
-    runs = [{"train.lr": rate, "router.load_balance_coef": 0.1} for rate in (0.002, 0.002, 0.001)]
+    text = {"tokens": 90, "data_fingerprint": "same"}
+    runs = [{"train.lr": rate, "router.load_balance_coef": 0.1} | text for rate in (0.002, 0.002, 0.001)]
     arms = {"dense_1x": runs[:1], "dense": runs[1:2], "switch_64": runs, "base": []}
-    tried = "dense: train.lr=0.002 is the best of 3 trials on the validation split, seed 100"
-    tried += " (validation 2.900000 nats)"
+    tried = "dense: train.lr=0.002 is the best of 3 trials of the plain arm (validation, seed 100) with 2.900000 nats"
     assert ledger.notes(tmp_path / "results", "smoke", arms) == [
         f"{tried}, used",
-        "switch: 6 trials on the validation split, seed 100, nothing chosen yet",
+        "switch: 6 trials of the plain arm (validation, seed 100) have ended, and nothing is chosen before all have",
         "base: not tuned",
     ]
-    not_used = (  # 3.0 nats at place 0, 2.9 at the one chosen; a rate that was never tried; two others; nothing known
-        (runs, "NOT used here by 1 of 3 runs, whose own lost 0.1000 nats to it"),
-        ([{"train.lr": 0.0015}], "NOT used here by 1 of 1 runs"),
-        ([{"train.lr": 0.0015}, *runs], "NOT used here by 2 of 4 runs"),
+    longer, untried = runs[0] | {"tokens": 180}, text | {"train.lr": 0.0015}
+    not_used = (  # 3.0 nats at place 0, 2.9 at the one chosen, a diverged run at place 2; a rate that was never tried
+        (runs, "NOT used here by 1 of 3 runs: theirs was 0.1000 nats worse"),
+        ([text | {"train.lr": 0.004}], "NOT used here by 1 of 1 runs: theirs diverged"),
+        ([untried], "NOT used here by 1 of 1 runs"),
+        ([untried, *runs], "NOT used here by 2 of 4 runs"),
+        ([runs[0], longer], "used, 1 of 2 runs are of another text or budget than the trials"),
+        ([longer], "1 of 1 runs are of another text or budget than the trials"),
         ([{}], "of these runs not known"),
     )
     for dense, said in not_used:
@@ -131,6 +140,11 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
     assert ledger.notes(tmp_path / "results", "small", arms) == []
     known = ledger.notes(tmp_path / "results", "smoke", {"dense_wider": runs, "dense_64": runs[:1]})
     assert known == ["dense_wider: not tuned", f"{tried}, used"]  # a router of its own, though dense is its beginning
+    own = [run | {"tuned": str(path)} for run in runs[:1]]  # by a ledger of another scale's folder
+    assert ledger.notes(tmp_path / "results", "small", {"dense": own}) == [f"{tried}, used"]
+    path.write_text("scale,arm,chosen\nsmoke,dense,True\n")
+    with pytest.raises(ValueError, match="ledger.csv is no ledger that can be read: it has no column "):
+        ledger.notes(tmp_path / "results", "smoke", arms)
 
 
 def test_the_report_of_trials_has_a_row_an_arm_and_comes_again_to_the_byte(record, tmp_path):
@@ -138,10 +152,10 @@ def test_the_report_of_trials_has_a_row_an_arm_and_comes_again_to_the_byte(recor
     folder = tmp_path / "smoke" / "tune"
     rows = [line.split("  ") for line in printed.splitlines() if line.startswith(("Dense", "Switch"))]
     switch, dense = ([cell.strip() for cell in row if cell.strip()] for row in rows)
-    assert dense == ["Dense", "3", "0.002", "2.900", "inf"]  # the fixture's runs all bear the names of unchanged ones
-    assert switch == ["Switch", "6", "0.002", "router.load_balance_coef", "0.1", "2.500", "2.700", "more to try"]
+    assert dense == ["Dense", "3", "0.002", "2.900", "3.000", "chosen"]
+    assert switch == ["Switch", "6", "0.002", "router.load_balance_coef", "0.1", "2.500", "2.900", "more to try"]
     made = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {"ledger.csv", "table.md", "table.tex", "table.csv", "figure.png", "figure.pdf"} == made.keys()
+    assert {"ledger.csv", "runs.csv", "table.md", "table.tex", "table.csv", "figure.png", "figure.pdf"} == made.keys()
     report("tune", record, tmp_path)
     assert made == {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -160,7 +174,7 @@ def test_trials_that_failed_or_are_of_other_data_or_budget_choose_nothing_and_ar
     assert [row["val_ce"] for row in rows if row["outcome"] not in ("finished", "diverged")] == ["", ""]
     table = (tmp_path / "smoke" / "tune" / "table.md").read_text()
     for text in (printed, table):
-        assert f"  {folders[3].name}: other data\n  {folders[7].name}: failed" in text
+        assert f"does not count: {folders[3].name}, other data\ndoes not count: {folders[7].name}, failed" in text
     best = {
         row["method"]: row
         for row in csv.DictReader((tmp_path / "smoke" / "tune" / "table.csv").read_text().splitlines())
@@ -172,7 +186,7 @@ def test_an_arm_of_which_no_trial_has_ended_has_a_row_without_figures(record, tm
     for result in record.glob("dense-*/result.json"):
         result.unlink()
     dense = next(line for line in report("tune", record, tmp_path).splitlines() if line.startswith("Dense"))
-    assert dense.split() == ["Dense", "0", "of", "3", "more", "to", "try"]
+    assert dense.split() == ["Dense", "0", "of", "3", "3", "to", "go"]
 
 
 def drawn(draw, losses, chosen):
@@ -243,7 +257,7 @@ def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_th
         cells["cells"].append(cell | {"lr": 0.002} | knob)
     (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
     assert "switch: the best lies at an edge still, and no more are tried" in ledger.write(record, tmp_path, "tune")[1]
-    assert "(validation 1.800000 nats, still at an edge)" in ledger.notes(tmp_path, "smoke", {"switch": []})[0]
+    assert "with 1.800000 nats and still at an edge, " in ledger.notes(tmp_path, "smoke", {"switch": []})[0]
 
 
 def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(record, tmp_path):
@@ -260,7 +274,9 @@ def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(r
     kept = composed(["router=switch", word, "router.load_balance_coef=0.5"])
     assert (kept.train.lr, kept.router.load_balance_coef) == (0.002, 0.5)
     assert composed(["router=dense", word]).train.lr == 0.002
-    with pytest.raises(ValueError, match="has chosen nothing for base: .*run.py -m sweeps=tune router=base with"):
+    with pytest.raises(
+        ValueError, match="has chosen nothing for base, as it was not tried, but for dense, switch: .* add base by"
+    ):
         composed(["router=base", word])
     assert composed(["router=base", word, "space=null"]).train.lr == composed(["router=base"]).train.lr
     with pytest.raises(ValueError, match="is of scale=smoke, whose rates are not those of scale=small"):
@@ -349,3 +365,23 @@ def test_tuning_goes_on_beyond_an_edge_when_it_is_called_again(tiny, tmp_path):
     again = run_py(*words, cwd=tmp_path)
     assert "8 of 9 jobs are finished already" in again.stdout
     assert [row["lr"] for row in ledger.ledger(tmp_path / "runs", "tune")[1]][7:] == [2.83e-6, 4e-6]
+
+
+def test_trials_of_a_further_arm_are_added_to_the_record_and_a_plain_sweep_replaces_it(tiny, capsys):
+    """Of an arm that is tried again only the new trials stay; of an arm of another scale none."""
+
+    def arms(*words: str, sweep: str = "tune") -> list[tuple[str, int]]:
+        plan = plan_of(sweep, *tiny, *words, data=open_data)
+        write_record(plan.jobs)
+        folder = next(Path(job.run.folder) for job in plan.jobs if job.run).parent
+        (path,) = (folder / "sweeps").glob("tune.json")
+        cells = json.loads(path.read_text())["cells"]
+        return list(Counter((cell.get("tuned"), cell["seed"]) for cell in cells).items())
+
+    few = "train.steps=2", "train.warmup_steps=0"
+    assert arms(*few, "router=dense") == [(("dense", 100), 8)]
+    assert arms(*few, "router=switch") == [(("dense", 100), 8), (("switch", 100), 8)]
+    assert capsys.readouterr().out == ""
+    assert arms(*few, "router=dense", "seed=101") == [(("switch", 100), 8), (("dense", 101), 8)]
+    assert "listed other runs and is written over" in capsys.readouterr().out
+    assert arms(*few, "router=dense", "seed=1", "sweep=tune", sweep="main")[0] == ((None, 1), 1)

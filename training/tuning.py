@@ -6,7 +6,7 @@ place in it, (i,) or (i, j); places beyond the grid go on in its ratio. Trials h
 
 import csv
 import functools
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -78,7 +78,13 @@ def tried(config: MutableMapping[str, Any] | DictConfig) -> dict[str, Any]:
     """Key -> value of the config's trial."""
     if config["seed"] < FIRST_SEED:
         raise ValueError(f"seed must be at least {FIRST_SEED} for a trial; got {config['seed']}")
-    space, place = space_of(config["space"]), list(config["trial"])
+    space, place = space_of(config["space"]), config["trial"]
+    axes = 2 if space.knob else 1
+    if not isinstance(place, Sequence) or len(place) != axes or not all(isinstance(at, int) for at in place):
+        of = f"a rate and a value of {space.knob}" if space.knob else "a rate"
+        raise ValueError(
+            f"trial must be 'all' or places on the grid of {of}, as [{', '.join('0' * axes)}]; got {place!r}"
+        )
     rate = float(f"{config['train']['lr'] * value_at(space.lr, place[0]):.6g}")
     return {"train.lr": rate} | ({space.knob: value_at(space.values, place[1])} if space.knob else {})
 
@@ -106,12 +112,17 @@ def from_ledger(ledger: str, arm: str, scale: str) -> dict[str, Any]:
     if scales:
         raise ValueError(f"tuned={ledger} is of scale={scales.pop()}, whose rates are not those of scale={scale}")
     if len(chosen) != 1:
+        others = sorted({row["arm"] for row in rows if row["chosen"] == "True"})
+        why = "trials of it are still to come" if arm in {row["arm"] for row in rows} else "it was not tried"
         raise ValueError(
-            f"tuned={ledger} has chosen nothing for {arm}: it was not tried, or its best trial lies at an edge; "
-            f"python run.py -m sweeps=tune router={arm} with all else as in the ledger's trials tries what is left"
+            f"tuned={ledger} has chosen nothing for {arm}, as {why}, but for {', '.join(others) or 'no arm'}: "
+            f"name these in router=, or add {arm} by -m sweeps=tune router={arm} with the others' text and budget"
         )
     ((lr, knob, value),) = chosen
-    return {"train.lr": float(lr)} | ({knob: float(value)} if knob else {})
+    try:
+        return {"train.lr": float(lr)} | ({knob: float(value)} if knob else {})
+    except ValueError as error:
+        raise ValueError(f"tuned={ledger} is no ledger that can be read: {error}, of {arm}") from error
 
 
 def described(settings: Settings) -> dict[str, Any]:

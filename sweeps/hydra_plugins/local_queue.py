@@ -88,19 +88,23 @@ class LocalSweeper(BasicSweeper):
 
 def record(planned: Sequence[Planned]) -> None:
     """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, under which arm's label and seed, and which were
-    made for these to start from."""
+    made for these to start from. Trials of further arms are added to those that are there."""
     cells = []
     for (arm, seed, name), job in cells_of(planned).items():
         assert job.settings is not None
         drawn = {"table_seed": job.settings.table_seed, "repeat": job.settings.repeat}
         cells.append({"arm": arm, "seed": seed, "run": name} | drawn | described(job.settings))
     settings, folder = next((job.settings, job.run.folder) for job in planned if job.settings and job.run)
-    runs = list(dict.fromkeys(cell["run"] for cell in cells))
-    content = {"sweep": settings.sweep or "sweep", "scale": settings.scale, "command": ["python", *sys.argv]}
-    content |= {"cells": cells, "runs": runs, "started_from": sorted({job.name for job in planned} - set(runs))}
-    path = folder.parent / "sweeps" / f"{content['sweep']}.json"
+    name = settings.sweep or "sweep"
+    path = folder.parent / "sweeps" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    before = json.loads(path.read_text()) if path.exists() else {"runs": [], "scale": settings.scale}
+    tuned = {cell.get("tuned") for cell in cells} | {None}  # of a run that is no trial
+    if before["scale"] == settings.scale and all("tuned" in cell for cell in cells):
+        cells = [cell for cell in before.get("cells", []) if cell.get("tuned") not in tuned] + cells
+    runs = list(dict.fromkeys(cell["run"] for cell in cells))
+    content = {"sweep": name, "scale": settings.scale, "command": ["python", *sys.argv]}
+    content |= {"cells": cells, "runs": runs, "started_from": sorted({job.name for job in planned} - set(runs))}
     if not set(before["runs"]) <= set(runs):
         print(f"{path} listed other runs and is written over; sweep=NAME gives this sweep a name of its own")
         print(f"  what lists them again: {shlex.join(before['command'])}")
