@@ -34,7 +34,8 @@ class Job:
         if not now.get("tokens_per_second"):
             return f"starting, {duration(time.time() - self.began)}"
         to_go = now["tokens"] * (now["steps"] / now["step"] - 1) / now["tokens_per_second"]
-        return f"step {now['step']}/{now['steps']}, ce {now['train/ce']:.2f}, {rate(now)}, {duration(to_go)} to go"
+        rest = f"{duration(to_go)} to go" if now["step"] < now["steps"] else "evaluating"
+        return f"step {now['step']}/{now['steps']}, ce {now['train/ce']:.2f}, {rate(now)}, {rest}"
 
     def outcome(self) -> str:
         """What became of it, in a line."""

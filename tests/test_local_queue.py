@@ -207,6 +207,8 @@ def test_progress_is_the_last_complete_training_line(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert job.doing() == "step 50/200, ce 6.25, 20.0k tokens/s, 15 s to go"  # 300,000 tokens at 20,000 a second
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line | {"step": 200}) + "\n")
+    assert job.doing() == "step 200/200, ce 6.25, 20.0k tokens/s, evaluating"
 
 
 def test_time_to_go_counts_the_jobs_left_at_the_pace_of_those_finished(tmp_path):

@@ -53,7 +53,8 @@ class Recorder:
         self.mirror(lambda run: run.log(line, step=at.step))
         if "train/ce" in values:
             left = (train.steps - at.step) * at.seconds / at.step
-            figures = f"loss {values['train/ce']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, {left:.0f} s to go"
+            rest = f"{left:.0f} s to go" if at.step < train.steps else "evaluating"
+            figures = f"loss {values['train/ce']:.3f}, {values['tokens_per_second']:,.0f} tokens/s, {rest}"
         else:
             figures = f"validation {values['val/ce']:.4f} nats per token"
         self.say(f"  step {at.step}/{train.steps}, {figures}")
