@@ -283,6 +283,17 @@ def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(r
         composed(["router=dense", word, "scale=small"])
     with pytest.raises(ValueError, match="is no ledger that can be read"):
         composed(["router=base", f"tuned={tmp_path}/none.csv"])
+    text = (tmp_path / "smoke" / "tune" / "ledger.csv").read_text()
+    (tmp_path / "odd.csv").write_text(text.replace(",0.002,", ",quick,"))
+    with pytest.raises(ValueError, match="odd.csv is no ledger that can be read: .*'quick', of dense"):
+        composed(["router=dense", f"tuned={tmp_path}/odd.csv"])
+
+
+@pytest.mark.parametrize("trial", ["9", "abc", "[0]", "[0,0,0]", "[0,x]", "{}"])
+def test_a_trial_that_is_no_place_is_refused_in_a_line(trial):
+    with pytest.raises(ValueError, match="trial must be .*; got ") as refused:
+        composed(["router=switch", f"trial={trial}", "seed=100"])
+    assert "\n" not in str(refused.value) and "router.load_balance_coef" in str(refused.value)
 
 
 def test_a_trial_is_a_factor_of_the_scales_rate_and_a_seed_that_no_table_has():
