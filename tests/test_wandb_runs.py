@@ -54,8 +54,8 @@ def wandb_alone(trained, tmp_path) -> Path:
     return tmp_path / "left"
 
 
-LEDGER = """scale,arm,trial,lr,knob,value,seed,val_ce,run,chosen,at_edge
-smoke,dense,0,0.5,,,100,5.0,dense-s100-00000000,True,False
+LEDGER = """scale,arm,trial,lr,knob,value,seed,val_ce,run,chosen,at_edge,outcome,unchanged,tokens,data_fingerprint
+smoke,dense,0,0.5,,,100,5.0,dense-s100-00000000,True,False,finished,False,{tokens},{data_fingerprint}
 """
 
 
@@ -91,10 +91,11 @@ def test_conditions_origin_and_tuning_are_told_as_from_folders_and_what_wandb_la
     def told(results: Path, runs: Path, places=(), ledger=True) -> tuple[list[str], pd.DataFrame]:
         if ledger:
             (results / "smoke" / "tune").mkdir(parents=True)
-            (results / "smoke" / "tune" / "ledger.csv").write_text(LEDGER)
+            (results / "smoke" / "tune" / "ledger.csv").write_text(LEDGER.format(**result))
         lines = report("pair", runs, results, places).splitlines()
         return lines, read_table(results / "smoke" / "pair" / "runs.csv")
 
+    result = json.loads(next(trained.glob("dense-s0-*/result.json")).read_text())
     where = [None, "us/switchyard", Api(trained)] if online else [wandb_alone, None]
     places = mirrors("pair", wandb_alone, *where)
     (expected, rows), (found, mirrored) = told(tmp_path / "a", trained), told(tmp_path / "b", wandb_alone, places)
