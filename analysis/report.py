@@ -103,9 +103,8 @@ def notes_of(
     lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
-    lines += (runs["tuning"].iloc[0] or "nothing was tuned: there are no trials of sweeps=tune at this scale").split(
-        "; "
-    )
+    tuning = runs["tuning"].iloc[0] or "nothing was tuned: there are no trials of sweeps=tune at this scale"
+    lines += tuning.split("; ")
     folder = place or (runs["folder"].iloc[0] if "folder" in runs else "runs")
     return "\n".join(notes.folded(lines) + notes.bad_runs(runs, folder))
 
