@@ -130,8 +130,8 @@ def by_rate(rows: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def curves(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], chosen: set[str]) -> None:
-    """A line an arm of two rates and more: of each rate the best loss over the knob, to 2 * FAR above the worst arm's
-    best."""
+    """A line an arm of two rates and more: of each rate the best loss over the knob, to 2 * FAR above the worst
+    arm's best, and a little."""
     axes, drawn = figure.axes[0], {arm: own for arm, own in losses.items() if len(own) > 1}
     figure.set_figheight(2.4)
     for arm, own in drawn.items():
@@ -142,11 +142,11 @@ def curves(figure: Figure, losses: dict[str, pd.Series], arms: dict[str, Arm], c
         _star(axes, own, own.min(), look["color"], arm in chosen)
     if drawn:
         bests = [own.min() for own in drawn.values()]
-        axes.set_ylim(min(bests) - FAR / 4, max(bests) + 2 * FAR)
+        axes.set_ylim(min(bests) - FAR / 4, max(bests) + 2.1 * FAR)
         legend_inside_or_above(figure, axes)
     axes.set_ylabel("validation loss\n(nats per token)")
     told = "star: the best" + " (hollow: so far)" * bool({*drawn} - chosen)
-    told += "; of a knob each rate's best value; lines go on above"
+    told += "; with a knob, its best value at each rate\nlosses above the axis are cut off"
     bare = [arm.label for arm in arms.values() if arm.name not in drawn]
     explain(figure, told + f"\nnot drawn, with fewer than two rates: {', '.join(bare)}" * bool(bare))
 
