@@ -16,7 +16,7 @@ from analysis import behind, ledger, notes
 from analysis.arms import Arm, described
 from analysis.figures import MOST_CURVES, explain
 from analysis.layout import legend_inside_or_above, save
-from analysis.runs import read_study
+from analysis.runs import ENDED, read_study
 from analysis.tables import in_latex, of_columns
 
 COLUMNS = {
@@ -56,7 +56,7 @@ def write_table(folder: Path, style: dict) -> tuple[str, pd.DataFrame]:
     head = f"{notes.header(runs)}\n{ledger.ended(rows['outcome'])} trials of {len(table)} arms have ended"
     lines = ["validation loss: nats per token, of the best trial that has ended, and of the one with nothing changed"]
     lines += ["state: chosen once all trials have ended, and those beyond an edge at which the best one lay"]
-    apart = rows.loc[~rows["outcome"].isin(["finished", "diverged", "missing"])]
+    apart = rows.loc[~rows["outcome"].isin([*ENDED, "missing"])]
     lines += [f"does not count: {run}, {outcome}" for run, outcome in zip(apart["run"], apart["outcome"])]
     lines += runs["same_code"].iloc[0].split("\n") if "same_code" in runs else []
     text = "\n".join(notes.folded(lines))
@@ -78,8 +78,8 @@ def best_trials(rows: pd.DataFrame, style: dict) -> pd.DataFrame:
         if math.isinf(losses[place]):  # none has finished yet
             lr, value = None, None
         knob = own["knob"].iloc[0] if own["knob"].notna().any() else None
-        open_ = (~own["outcome"].isin(["finished", "diverged"])).sum()
-        state = f"{open_} to go" if open_ else "chosen" if chosen else "more to try"
+        left = (~own["outcome"].isin(ENDED)).sum()
+        state = f"{left} to go" if left else "chosen" if chosen else "more to try"
         state += ", at an edge" if own["at_edge"].any() else ""
         line = {"method": arms[str(arm)].label, "trials": ledger.ended(own["outcome"]), "lr": lr, "knob": knob}
         line |= {
