@@ -93,7 +93,8 @@ def planted(trained: list[Path], runs: Path, size: float) -> dict[str, str]:
     for sweep, effects in sweeps.items():
         plant(trained, runs, sweep, {arm: size * effect for arm, effect in effects.items()}, exact)
     speeds = {"hash_balanced": 1 + 0.1 * size, "base": 1.0}
-    plant(trained, runs, "base_comparison", {"hash_balanced": -0.02 * size, "base": 0}, tokens_per_second=speeds)
+    plant(trained, runs, "base_comparison", {"hash_balanced": -0.02 * size, "base": 0})
+    plant(trained, runs, "rates", {"hash_balanced": 0, "base": 0}, tokens_per_second=speeds)
     return verdicts_of(runs)
 
 
@@ -460,7 +461,7 @@ def test_an_oracle_that_is_below_all_by_little_is_not_far_below(trained, tmp_pat
 
 def test_rates_decide_only_if_they_were_measured_in_one_way(trained, tmp_path):
     speeds = {"hash_balanced": 1.1, "base": 1.0}
-    plant(trained, tmp_path, "base_comparison", {"hash_balanced": 0, "base": 0}, tokens_per_second=speeds)
+    plant(trained, tmp_path, "rates", {"hash_balanced": 0, "base": 0}, tokens_per_second=speeds)
     found = judged_of(tmp_path)[9]
     estimate: Any = found.parts[0].estimate
     assert found.verdict == "supported" and estimate.dof == SEEDS - 1
@@ -474,8 +475,7 @@ def test_rates_decide_only_if_they_were_measured_in_one_way(trained, tmp_path):
         (folder / "provenance.json").write_text(json.dumps(json.loads(before) | {key: value}))
         [part] = judged_of(tmp_path)[9].parts
         assert (
-            part.lacks.startswith("base_comparison was not measured in one way: ")
-            and judged_of(tmp_path)[9].verdict == "not run"
+            part.lacks.startswith("rates was not measured in one way: ") and judged_of(tmp_path)[9].verdict == "not run"
         )
         (folder / "provenance.json").write_text(before)
     assert judged_of(tmp_path)[9].verdict == "supported"
@@ -544,7 +544,7 @@ def test_a_claim_below_the_noise_floor_is_not_separated_and_says_so(trained, tmp
 def test_a_sweep_that_cannot_be_told_or_read_stops_no_other(trained, tmp_path):
     plant(trained, tmp_path, "finetune", {"hash_balanced_tuned": -0.03, "switch_tuned": 0})
     unknown = {arm: {"tokens_per_second": None} for arm in ("hash_balanced", "base")}  # as a run of two steps has it
-    plant(trained, tmp_path, "base_comparison", {"hash_balanced": 0, "base": 0}, unknown)
+    plant(trained, tmp_path, "rates", {"hash_balanced": 0, "base": 0}, unknown)
     plant(trained, tmp_path, "load_balance", dict.fromkeys(COEFFICIENTS, 0))
     for folder in tmp_path.glob("switch_coef_*"):  # all equal to the last bit
         seed = int(folder.name.split("-s")[1][0])
@@ -554,7 +554,7 @@ def test_a_sweep_that_cannot_be_told_or_read_stops_no_other(trained, tmp_path):
     assert verdicts["C9"] == "supported" and verdicts["C10"] == verdicts["C6"] == "not run"
     assert verdicts["C11"] == "contradicted"
     parts = {each.claim: each.parts for each in judged_of(tmp_path)}
-    assert parts["C10"][0].lacks.startswith("base_comparison has no figure of tokens_per_second in hash_balanced-s0-")
+    assert parts["C10"][0].lacks.startswith("rates has no figure of tokens_per_second in hash_balanced-s0-")
     assert parts["C6"][0].lacks.startswith("multi_hash cannot be read: ValueError: ")
 
 
@@ -607,8 +607,10 @@ def test_nothing_is_printed_twice_where_nothing_was_run():
     assert said.count("C4 ") == 1 and said.count("not run") == 13
     for claim in CLAIMS["claims"].values():
         assert " ".join(said.split()).count(claim["says"].split(";")[0]) == 1
-    assert said.endswith("finetune (C9), load_balance (C11), horizon (C12)\n  python run.py -m sweeps=NAME scale=smoke")
-    assert "smoke: main (C1), base_comparison (C1, C10), hash_methods (C2, C3, C4)" in said
+    assert said.endswith(
+        "finetune (C9), rates (C10), load_balance (C11), horizon (C12)\n  python run.py -m sweeps=NAME scale=smoke"
+    )
+    assert "smoke: main (C1), base_comparison (C1), hash_methods (C2, C3, C4)" in said
 
 
 def test_runs_that_do_not_count_are_named(trained, tmp_path):
