@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 
-from analysis import ledger
+from analysis import tuned
 from analysis.arms import described, references, timed_against
 from analysis.published import settings as published_settings
 from analysis.runs import Found, Study, declared_same, read_study
@@ -70,7 +70,7 @@ def behind(study: Study, folder: Path, results: Path, style: dict, asked: dict[s
     by_arm = {arm: [known.get(run, {}) for run in own["id"]] for arm, own in study.counted.groupby("arm")}
     arms = {arm: by_arm.get(arm, []) for arm in runs["arm"].unique()}
     unknown = NO_LEDGER if any(study.found[run].mirrored for run in configs) else ""
-    runs["tuning"] = "; ".join(ledger.notes(results, study.scale, arms, folder)) or unknown
+    runs["tuning"] = "; ".join(tuned.notes(results, study.scale, arms, folder)) or unknown
     for key in published_settings(asked.get("published", [])):
         runs[OF_PAPER + key] = [_text(settings[run].get(key)) if run in settings else "" for run in runs["id"]]
     for key in differing(settings):

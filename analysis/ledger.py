@@ -5,19 +5,14 @@ import csv
 import math
 import signal
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from tabulate import tabulate
 
-from analysis.arms import plural
-
 COLUMNS: tuple[str, ...] = ("scale", "arm", "trial", "lr", "knob", "value", "seed", "val_ce", "run")
 COLUMNS += ("chosen", "at_edge", "outcome", "unchanged", "tokens", "data_fingerprint")
 SHOWN = ("arm", "trial", "lr", "knob", "value", "seed", "val_ce", "chosen")
-ROUTERS = Path(__file__).resolve().parent.parent / "conf" / "router"
 MOST = 12  # trials of an arm and seed, those beyond the edges of its space included
 
 
@@ -86,38 +81,6 @@ def choose(cells: list[dict[str, Any]]) -> tuple[tuple[int, ...] | None, bool, s
     return best, bool(edges(means)), ""
 
 
-def notes(results: Path, scale: str, arms: dict[str, list[dict[str, Any]]], runs: Path | None = None) -> list[str]:
-    """What a report prints under its table, a line an arm: how it was tuned, and whether its runs are so. By the ledger
-    that the runs were tuned= by, if it is one and still there, else by that of sweeps=tune in results, else by its
-    trials in runs; [] if there is none. ValueError if it lacks a column.
-
-    arms: label -> the flat settings of its runs, with tokens and data_fingerprint, as far as they are known; the
-    ledger's arm is the longest, of its own and of all routers', that a label begins with (that of NAME_64 is NAME).
-    """
-    path = results / scale / "tune" / "ledger.csv"
-    used = {Path(own["tuned"]) for settings in arms.values() for own in settings if own.get("tuned")}
-    path = used.pop() if len(used) == 1 and min(used).exists() else path
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if missing := {*COLUMNS} - {*(rows[0] if rows else COLUMNS)}:
-            lacks = f"it has no column {min(missing)}"
-            raise ValueError(f"{path} is no ledger that can be read: {lacks}; python -m analysis.report tune writes it")
-    elif runs and (runs / "sweeps" / "tune.json").exists():
-        with suppress(ValueError):  # no trials
-            trained, found, _ = ledger(runs, "tune")
-            rows = [{key: str(value) for key, value in written(row).items()} for row in found if trained == scale]
-    if not rows:
-        return []
-    lines: dict[str, list[dict[str, Any]]] = {}
-    names = {row["arm"] for row in rows} | {path.stem for path in ROUTERS.glob("*.yaml")}
-    for arm, own in arms.items():
-        known = [name for name in names if arm == name or arm.startswith(f"{name}_")]
-        lines.setdefault(max(known, key=len, default=arm), []).extend(own)
-    return [_note([row for row in rows if row["arm"] == name], name, own) for name, own in lines.items()]
-
-
 def written(row: dict[str, Any]) -> dict[str, Any]:
     """A row as ledger.csv has it."""
     empty = {key: "" for key, value in row.items() if value is None}
@@ -125,53 +88,10 @@ def written(row: dict[str, Any]) -> dict[str, Any]:
     return row | empty | losses
 
 
-def _note(rows: list[dict[str, str]], arm: str, runs: list[dict[str, Any]]) -> str:
-    chosen = next((row for row in rows if row["chosen"] == "True"), None)
-    if not rows:
-        return f"{arm}: not tuned"
-    seeds = sorted({row["seed"] for row in rows})
-    tried = f"{ended([row['outcome'] for row in rows])} {plural('trial', len(rows))} of the plain arm"
-    tried += f" (validation, {plural('seed', len(seeds))} {', '.join(seeds)})"
-    if chosen is None:
-        return f"{arm}: {tried} have ended, and nothing is chosen before all have"
-    knob = f" {chosen['knob']}={float(chosen['value']):g}" if chosen["knob"] else ""
-    edge = " and still at an edge" if chosen["at_edge"] == "True" else ""
-    best = f"train.lr={float(chosen['lr']):g}{knob} is the best of {tried} with {chosen['val_ce']} nats{edge}"
-    return f"{arm}: {best}, {_use(rows, runs)}"
-
-
 def ended(outcomes: Iterable[str]) -> str:
     """How many trials there are, or how many of how many have ended and count."""
     found = [outcome in ("finished", "diverged") for outcome in outcomes]
     return str(len(found)) if all(found) else f"{sum(found)} of {len(found)}"
-
-
-def _use(rows: list[dict[str, str]], runs: list[dict[str, Any]]) -> str:
-    """Whether these runs have the settings chosen; if all others have the same, how much worse those were in the
-    trials; and how many of the runs are of another text or budget than these."""
-    keys = ["train.lr", *filter(None, [rows[0]["knob"]])]
-    losses: dict[tuple[float, ...], list[float]] = {}
-    for row in rows:
-        place = tuple(float(row[key]) for key in ("lr", "value")[: len(keys)])
-        losses.setdefault(place, []).append(float(row["val_ce"]))  # a chosen ledger has no trial without one
-        if row["chosen"] == "True":
-            chosen, of_trials = place, (float(row["tokens"]), row["data_fingerprint"])
-    known = [run for run in runs if {*keys, "tokens", "data_fingerprint"} <= run.keys()]
-    if not known:
-        return "of these runs not known"
-    alike = [run for run in known if (run["tokens"], run["data_fingerprint"]) == of_trials]
-    others = [place for place in (tuple(run[key] for key in keys) for run in alike) if place != chosen]
-    said = []
-    if others:
-        said = [f"NOT used here by {len(others)} of {len(known)} runs"]
-        if len({*others}) == 1 and others[0] in losses:
-            worse = mean(losses[others[0]]) - mean(losses[chosen])
-            said[0] += f": theirs {'was ' + format(worse, '.4f') + ' nats worse' if worse < math.inf else 'diverged'}"
-    elif alike:
-        said = ["used"]
-    if unlike := len(known) - len(alike):
-        said.append(f"{unlike} of {len(known)} runs are of another text or budget than the trials")
-    return ", ".join(said)
 
 
 def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:

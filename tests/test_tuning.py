@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from test_config import ARMS, run_py
 from test_sweeps import plan_of
 
-from analysis import ledger
+from analysis import ledger, tuned
 from analysis import trials as trials_module
 from analysis.arms import described
 from analysis.report import report
@@ -120,7 +120,7 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
     runs = [{"train.lr": rate, "router.load_balance_coef": 0.1} | text for rate in (0.002, 0.002, 0.001)]
     arms = {"dense_1x": runs[:1], "dense": runs[1:2], "switch_64": runs, "base": []}
     tried = "dense: train.lr=0.002 is the best of 3 trials of the plain arm (validation, seed 100) with 2.900000 nats"
-    assert ledger.notes(tmp_path / "results", "smoke", arms) == [
+    assert tuned.notes(tmp_path / "results", "smoke", arms) == [
         f"{tried}, used",
         "switch: 6 trials of the plain arm (validation, seed 100) have ended, and nothing is chosen before all have",
         "base: not tuned",
@@ -136,15 +136,15 @@ def test_the_ledger_chooses_the_settled_and_names_what_is_open(record, tmp_path)
         ([{}], "of these runs not known"),
     )
     for dense, said in not_used:
-        assert ledger.notes(tmp_path / "results", "smoke", {"dense": dense}) == [f"{tried}, {said}"]
-    assert ledger.notes(tmp_path / "results", "small", arms) == []
-    known = ledger.notes(tmp_path / "results", "smoke", {"dense_wider": runs, "dense_64": runs[:1]})
+        assert tuned.notes(tmp_path / "results", "smoke", {"dense": dense}) == [f"{tried}, {said}"]
+    assert tuned.notes(tmp_path / "results", "small", arms) == []
+    known = tuned.notes(tmp_path / "results", "smoke", {"dense_wider": runs, "dense_64": runs[:1]})
     assert known == ["dense_wider: not tuned", f"{tried}, used"]  # a router of its own, though dense is its beginning
     own = [run | {"tuned": str(path)} for run in runs[:1]]  # by a ledger of another scale's folder
-    assert ledger.notes(tmp_path / "results", "small", {"dense": own}) == [f"{tried}, used"]
+    assert tuned.notes(tmp_path / "results", "small", {"dense": own}) == [f"{tried}, used"]
     path.write_text("scale,arm,chosen\nsmoke,dense,True\n")
     with pytest.raises(ValueError, match="ledger.csv is no ledger that can be read: it has no column "):
-        ledger.notes(tmp_path / "results", "smoke", arms)
+        tuned.notes(tmp_path / "results", "smoke", arms)
 
 
 def test_the_report_of_trials_has_a_row_an_arm_and_comes_again_to_the_byte(record, tmp_path):
@@ -257,7 +257,7 @@ def test_a_best_at_the_edge_of_all_that_may_be_tried_is_chosen_and_said_to_be_th
         cells["cells"].append(cell | {"lr": 0.002} | knob)
     (record / "sweeps" / "tune.json").write_text(json.dumps(cells))
     assert "switch: the best lies at an edge still, and no more are tried" in ledger.write(record, tmp_path, "tune")[1]
-    assert "with 1.800000 nats and still at an edge, " in ledger.notes(tmp_path, "smoke", {"switch": []})[0]
+    assert "with 1.800000 nats and still at an edge, " in tuned.notes(tmp_path, "smoke", {"switch": []})[0]
 
 
 def test_a_ledger_gives_an_arm_its_rate_and_knob_but_not_over_the_command_line(record, tmp_path):
