@@ -610,3 +610,15 @@ assert torch.are_deterministic_algorithms_enabled() and torch._inductor.config.d
 """
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_found_under_any_arms_name_and_first_under_its_own(tiny):
+    """Of packs of two studies both may be there."""
+    words = [*tiny, "arm=mine"]
+    own = open_run(read(compose_config(*words))).folder
+    assert own.name.startswith("mine-s0-") and not own.exists()
+    other = own.with_name(own.name.replace("mine", "another"))
+    other.mkdir(parents=True)
+    assert open_run(read(compose_config(*words))).folder == other
+    own.mkdir()
+    assert open_run(read(compose_config(*words))).folder == own

@@ -78,13 +78,13 @@ def _take_baseline(settings: Settings, prepared: Prepared, planned: Sequence[Run
 
 
 def _folder(settings: Settings, digest: str, planned: Sequence[Run]) -> Path:
-    """Of the run with this id: where one of an earlier job or one on the disk has it, under whatever arm's name."""
+    """Of the run with this id: where an earlier job has it, else one on the disk, under this arm's name or, if there is
+    none, any other's."""
     runs = Path(settings.runs).expanduser().absolute()
+    own = runs / f"{settings.arm}-s{settings.seed}-{digest}"
     made = [run.folder for run in planned if run.folder.name.endswith(f"-{digest}")]
-    return next(
-        iter(made or sorted(runs.glob(f"*-s{settings.seed}-{digest}"))),
-        runs / f"{settings.arm}-s{settings.seed}-{digest}",
-    )
+    others = [] if own.exists() else sorted(runs.glob(f"*-s{settings.seed}-{digest}"))
+    return next(iter([*made, *others]), own)
 
 
 def run(config: DictConfig) -> int:
