@@ -34,7 +34,7 @@ from training.provenance import device_name
 SWEEPS = {"quickstart": 5, "routers": 43, "finetune": 6, "main": 9, "hash_methods": 10, "modules": 13, "multi_hash": 5}
 SWEEPS |= {"position": 7, "load_balance": 7, "dictionary": 12, "base_comparison": 6, "same_or_different": 5}
 SWEEPS |= {"learned_and_controls": 11, "gate_by_routing": 5, "load_by_content": 7, "horizon": 12, "first_k_hash": 5}
-SWEEPS |= {"table_draws": 8, "noise_floor": 3, "rates": 2, "tune": 248}
+SWEEPS |= {"table_draws": 8, "noise_floor": 6, "rates": 2, "tune": 248}
 LAYERS = {"smoke": 3, "small": 8, "medium": 11, "paper": 11}
 DEPENDS_ON_THE_SCALE = ("main", "position", "dictionary", "first_k_hash")
 
