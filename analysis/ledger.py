@@ -110,14 +110,18 @@ def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
     lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]
     usable = sorted({row["arm"] for row in rows if row["chosen"]})
     few = f" of {', '.join(usable)}" if left and usable else ""
-    use = f"tuned={folder / 'ledger.csv'} uses it{few} in any sweep" if usable else "nothing is chosen in it yet"
+    use = (
+        f"tuned={folder / 'ledger.csv'} uses it{few} in any sweep of this scale"
+        if usable
+        else "nothing is chosen in it yet"
+    )
     lines += [f"{folder / 'ledger.csv'}: {use}"]
     return tabulate(shown, headers="keys", disable_numparse=True, missingval=""), "\n".join(lines)
 
 
 def main() -> None:
     """Print the ledger, or leave with status 2 and one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.ledger", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m analysis.ledger", description=__doc__, allow_abbrev=False)
     parser.add_argument("sweep", nargs="?", default="tune", help="a sweep of trials")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the ledger goes")

@@ -66,7 +66,9 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("out", type=Path, help="the archive, which must not exist yet")
     made.add_argument("--runs", type=Path, default=Path("runs"), help="the folder with the run folders")
     args = made.parse_args()

@@ -47,7 +47,8 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     ranked = study.counted.sort_values("val/ce").sort_values("arm", key=lambda arm: ~arm.isin(fair), kind="stable")
     best = runs / ranked["id"].iloc[0]
     command = shlex.split(study.command)
-    words = [word for word in command if "=" in word and not word.startswith("scale=")]
+    of_scale = ("scale=", "tuned=", "train.steps=")  # which at another scale would be refused, or too few
+    words = [word for word in command if "=" in word and not word.startswith(of_scale)]
     python, run = (_as_typed_here(Path(path)) for path in (sys.executable, Path(__file__).parents[1] / "run.py"))
     known = {"python": python, "run": run, "best": shlex.quote(str(best)), "sweep": shlex.join(words)}
     kept = any((best / "checkpoints").glob("*"))
@@ -120,10 +121,10 @@ def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (
 
 def main() -> None:
     """Print the report, or leave with status 2 and one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", help="a sweep that was run, for example quickstart; or the runs.csv of a report")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where tables and figures go")
+    parser.add_argument("--results", type=Path, help="where tables and figures go (default: results)")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="DeepMind's curves.csv.gz, laid under the figure")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read runs from this wandb project too")
     parser.add_argument(
@@ -139,16 +140,19 @@ def main() -> None:
     try:
         if given.name.endswith(".csv"):
             if Path(given.name).name != "runs.csv":
-                raise ValueError(f"{given.name} is no runs.csv of a report: that is its name")
+                raise ValueError(f"{given.name} is no runs.csv of a report: of that alone its tables are made again")
+            if given.results:
+                raise ValueError(f"--results is of a sweep's name: the tables of {given.name} go beside it")
             folder = Path(given.name).parent
             again = write_table if (folder / "ledger.csv").exists() else write_tables
             print(f"{again(folder, load('style'))[0]}\n\n{tables_at(folder)}")
             return
         offline = given.runs if given.offline is True else given.offline
         places = mirrors(given.name, given.runs, offline, given.wandb)
-        print(report(given.name, given.runs, given.results, places, given.curves))
+        results = given.results or Path("results")
+        print(report(given.name, given.runs, results, places, given.curves))
         if given.explain:
-            print(f"\n{explained(given.name, given.runs, given.results, places)}")
+            print(f"\n{explained(given.name, given.runs, results, places)}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"analysis.report: {error}\n")
 

@@ -28,7 +28,7 @@ from analysis.statistics import holm
 
 REPEATS = "noise_floor"  # the sweep of one run repeated
 FLOOR = """the noise floor: how far a figure may differ where the same runs are repeated (sweeps=noise_floor, 95 %).
-(below noise floor): a figure is past its bound by less; (noise floor): it is above the margin, and that two methods are
+(below noise floor): a figure is past its bound by less; (floor above margin): that two methods are
 equal cannot be told"""
 FIGURES = """[low, high]: the 95 % t-interval of that figure alone (of a range, of the arms found worst and best), by
 the scatter that its line names; those of tables hold for all at once. p for it, against it: one-sided, of what the part
@@ -94,7 +94,7 @@ def _verdict(outcomes: list[Outcome], sides: tuple[float, float], p: float, leve
         return "not run" + (" (diverged)" if any(each.diverged for each in outcomes) else "")
     if not p < level:
         if any(each.blind for each in outcomes):
-            return "not separated (noise floor)"
+            return "not separated (floor above margin)"
         return "not separated" + (" (below noise floor)" if any(each.below_floor for each in outcomes) else "")
     return "supported" if sides[0] < sides[1] else "contradicted"
 
@@ -176,7 +176,8 @@ def read_claims() -> dict[str, Any]:
 
 def main() -> None:
     """Print the verdicts, or leave with status 2 and one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.verdicts", description=(__doc__ or "").splitlines()[0])
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m analysis.verdicts", description=about, allow_abbrev=False)
     parser.add_argument("scale", nargs="?", default="smoke", help="of the runs, for example small")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where committed results are")

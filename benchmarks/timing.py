@@ -43,7 +43,9 @@ count = number(int, 1)  # of an option
 
 def parser(description: str | None, rounds: bool = True) -> argparse.ArgumentParser:
     """What every benchmark takes. rounds: it measures each of its candidates several times."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     if rounds:
         made.add_argument(

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -21,7 +22,7 @@ from sweeps.estimate import Pace, cost
 from sweeps.job import duration
 from sweeps.plan import Plan, states
 from training.build import find_data
-from training.compose import ROOT
+from training.compose import ROOT, composed
 from training.identity import provisional_id
 from training.targets import one_line
 from training.threads import cores
@@ -83,7 +84,9 @@ def row(name: str, runs: dict[str, tuple[str, float | None]]) -> list[str | int]
 def overview(words: list[str], names: Sequence[str] = ()) -> str:
     """The table of all sweeps, or of these. words: overrides for every one (scale=small). A run that several sweeps
     need counts once in the last row. Composing takes the time; it is shared out over the cores. ValueError for a word
-    that no sweep takes."""
+    that no sweep takes, and for one that names a sweep."""
+    if named := [word for word in words if word.lstrip("+").partition("=")[0] == "sweeps"]:
+        raise ValueError(f"{named[0]} names one sweep, where all are counted; dry_run=true counts the jobs of one")
     names = names or sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
     first = standing_of(names[0], words)
     if first.wrong and not first.runs:  # by a wrong word, which no other sweep would take either
@@ -98,5 +101,9 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
     rows = [*(row(each.name, each.runs) for each in every), row("all, shared runs once", together)]
     headers = ["sweep", "jobs", *STATES, "time needed"]
     table = tabulate(rows, headers, colalign=("left", *["right"] * 6), disable_numparse=True)
+    config, chosen = composed([]), HydraConfig.get().runtime.choices
+    of = {"scale": config.scale, "data": chosen["data"], "runs": config.runs}
+    of |= {key: value for key, _, value in (word.partition("=") for word in words) if key in of}
+    head = f"Of {' '.join(f'{key}={value}' for key, value in of.items())}; other words count others."
     note = "Time: estimated, of jobs one after the other, without preparing text. dry_run=true tells a sweep's jobs."
-    return "\n".join([table, note, *(line for each in every for line in each.wrong)])
+    return "\n".join([head, table, note, *(line for each in every for line in each.wrong)])

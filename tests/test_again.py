@@ -3,9 +3,10 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import compose_config
 
-from training.again import main
+from training.again import config_of, main
 from training.job import FINISHED, open_run, run
 from training.preflight import read
 
@@ -55,3 +56,18 @@ def test_what_cannot_be_compared_is_refused_before_any_training(finished, tmp_pa
     with pytest.raises(ValueError, match="the text is another one"):
         main([*words, f"data.corpus.files={other}", "data.corpus.document_start=^a text"])
     assert not (tmp_path / "again").exists()
+
+
+def test_the_files_of_a_corpus_go_with_its_folder(tmp_path):
+    run = tmp_path / "dense-s0-0"
+    run.mkdir()
+    corpus = {"files": "wiki/train.*.txt.xz", "more": ["wiki/a.txt", "wikimedia/b.txt"], "share": 0.5, "test": None}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"folder": "wiki", "corpus": corpus}}))
+    kept, gone = config_of(run, [], "again"), config_of(run, ["data.folder=/here/text"], "again")
+    assert kept.data.corpus == corpus
+    assert gone.data.corpus == corpus | {
+        "files": "/here/text/train.*.txt.xz",
+        "more": ["/here/text/a.txt", "wikimedia/b.txt"],
+    }
+    own = config_of(run, ["data.folder=/here", "data.corpus.files=c.txt"], "again").data.corpus
+    assert (own.files, own.more[0]) == ("c.txt", "/here/a.txt")

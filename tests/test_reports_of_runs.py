@@ -532,9 +532,13 @@ def test_public_curves_are_the_last_losses_of_every_routed_model_and_lie_under_t
 def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     reasons = {"runs.csv": "it has no column arm", "none/runs.csv": "there is no such file"}
-    for name, why in (reasons | {"other.csv": "that is its name"}).items():
+    for name, why in (reasons | {"other.csv": "of that alone its tables are made again"}).items():
         monkeypatch.setattr("sys.argv", ["report", str(tmp_path / name)])
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
         assert capsys.readouterr().err.endswith(f"{name} is no runs.csv of a report: {why}\n")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "runs.csv"), f"--results={tmp_path}"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--results is of a sweep's name: the tables of " in capsys.readouterr().err

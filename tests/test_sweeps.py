@@ -380,6 +380,7 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"outcome": "diverged", "step": 3}')
     lines = [line.split() for line in overview(words, ["gate_by_routing", "quickstart"]).splitlines()]
+    assert " ".join(lines[0]).startswith("Of scale=smoke data=text runs=")
     assert ["gate_by_routing", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
     assert ["quickstart", "5", "0", "0", "1", "4"] in [line[:6] for line in lines]
     some = overview([*words, "train.batch_size=4,5"], ["quickstart"]).splitlines()[-1]
@@ -393,6 +394,8 @@ def test_the_overview_blames_no_sweep_for_a_word_that_none_takes():
         overview(["data=wiki", "data.folder=/nowhere"], ["quickstart"])
     with pytest.raises(ValueError, match="^scale=tiny is not there; there are medium, paper, small, smoke$"):
         overview(["scale=tiny"])
+    with pytest.raises(ValueError, match="^sweeps=main names one sweep, where all are counted; dry_run=true counts "):
+        overview(["sweeps=main"])
 
 
 FEW = [

@@ -424,9 +424,12 @@ def test_what_is_past_its_bound_by_less_than_the_noise_floor_counts_for_neither_
     assert not examined(slope, steps, 0.008, repeats).below_floor
 
 
+BLIND = "not separated (floor above margin)"
+
+
 @pytest.mark.parametrize(
     ("apart", "verdict"),
-    [(0.0, "not separated (noise floor)"), (0.004, "not separated (noise floor)"), (0.1, "contradicted")],
+    [(0.0, BLIND), (0.004, BLIND), (0.1, "contradicted")],
 )
 def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_the_margin(
     trained, tmp_path, apart, verdict
@@ -438,7 +441,7 @@ def test_that_arms_are_equal_cannot_be_told_where_repeats_differ_by_more_than_th
     assert found.claim == "C2" and found.verdict == verdict
     said = " ".join(printed([found], "smoke", 0.05, 0.008).split())
     assert "p for it: cannot be told, the noise floor is above the margin, against it: " in said
-    assert "the margin: 0.008 nats, within which two" in said and "(noise floor): it is above the margin" in said
+    assert "the margin: 0.008 nats, within which two" in said and "(floor above margin): that two methods are" in said
     (tmp_path / "sweeps" / "noise_floor.json").unlink()
     assert verdicts_of(tmp_path)["C2"] == ("contradicted" if apart == 0.1 else "supported")
 

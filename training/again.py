@@ -1,9 +1,10 @@
 """Train a finished run once more and compare: python -m training.again RUN [--into again] [OVERRIDES]
 
 From its config.yaml, into a folder of its own under --into. Overrides are keys of that file, for what lies elsewhere on
-this machine (data.cache=..., data.folder=... and the files of data.corpus). Says what differs in its origin, and how
-far the losses lie apart: exit status 1 if by more than --tolerance, which on one kind of GPU should be that of a run
-and its repeat (the noise floor that reports print); on a CPU with as many threads the same commit gives the same bits.
+this machine: data.cache=..., data.folder=... (with which the files of data.corpus go) or these files. Says what differs
+in its origin, and how far the losses lie apart: exit status 1 if by more than --tolerance, which on one kind of GPU
+should be that of a run and its repeat (the noise floor that reports print); on a CPU with as many threads the same
+commit gives the same bits.
 """
 
 import argparse
@@ -58,7 +59,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def options(words: list[str] | None) -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one unpacked from a pack")
     made.add_argument("--into", default="again", help="the folder of runs that it is trained into")
     made.add_argument("--tolerance", type=number(float, 0), default=TOLERANCE, help="nats (default: %(default)s)")
@@ -75,9 +78,23 @@ def config_of(folder: Path, overrides: list[str], into: str) -> DictConfig:
         key = word.partition("=")[0]
         if OmegaConf.select(config, key, throw_on_missing=False, default=config) is config:
             raise ValueError(f"{folder / 'config.yaml'} has no key {key}")
-    changed = OmegaConf.merge(config, OmegaConf.from_dotlist([*overrides, f"runs={into}", "wandb.mode=disabled"]))
+    given = OmegaConf.from_dotlist([*overrides, f"runs={into}", "wandb.mode=disabled"])
+    before, after = (str(OmegaConf.select(each, "data.folder") or "") for each in (config, given))
+    if before and after:
+        config.data.corpus = moved(OmegaConf.to_container(config.data.corpus), before, after)
+    changed = OmegaConf.merge(config, given)
     assert isinstance(changed, DictConfig)
     return changed
+
+
+def moved(node: Any, before: str, after: str) -> Any:
+    """A corpus with its files in another folder: where the config was composed they took it from data.folder."""
+    if isinstance(node, dict):
+        return {key: moved(each, before, after) for key, each in node.items()}
+    if isinstance(node, list):
+        return [moved(each, before, after) for each in node]
+    inside = isinstance(node, str) and (Path(node) == Path(before) or Path(before) in Path(node).parents)
+    return str(Path(after) / Path(node).relative_to(before)) if inside else node
 
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ def one_folder(pattern: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue a text with a run.")
+    parser = argparse.ArgumentParser(description="Continue a text with a run.", allow_abbrev=False)
     parser.add_argument("run", help="a run folder, or a glob that fits one")
     parser.add_argument("--prompt", default="def ", help="the text to continue")
     parser.add_argument("--tokens", type=number(int, 0), default=80, help="how many tokens at most")
