@@ -27,7 +27,7 @@ from training.build import open_data
 from training.compose import composed
 from training.identity import digest_of
 from training.preflight import read
-from training.tuning import Space, settle, space_of, value_at
+from training.tuning import Space, settle, space_of, tuned_elsewhere, value_at
 
 SPACES = sorted(path.stem for path in (ROOT / "conf" / "tuning").glob("*.yaml"))
 
@@ -396,3 +396,24 @@ def test_trials_of_a_further_arm_are_added_to_the_record_and_a_plain_sweep_repla
     assert arms(*few, "router=dense", "seed=101") == [(("switch", 100), 8), (("dense", 101), 8)]
     assert "listed other runs and is written over" in capsys.readouterr().out
     assert arms(*few, "router=dense", "seed=1", "sweep=tune", sweep="main")[0] == ((None, 1), 1)
+
+
+def test_a_rate_that_was_chosen_on_another_text_or_budget_is_said_to_be_so(tiny, tmp_path):
+    path, row = tmp_path / "ledger.csv", {"scale": "smoke", "arm": "dense", "chosen": "True", "lr": 0.002, "knob": ""}
+
+    def said(**of_trials):
+        row.update(of_trials)
+        path.write_text(",".join([*row, "value"]) + "\n" + ",".join(map(str, [*row.values(), ""])) + "\n")
+        settings = read(compose_config(*tiny, "router=dense", f"tuned={path}"))
+        tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
+        assert settings.train.lr == 0.002
+        return tuned_elsewhere(settings, "mine").removeprefix(f"tuned={path}: the trials of dense were of "), tokens
+
+    nothing, tokens = said()  # a ledger of before
+    assert nothing == "" and said(tokens=tokens, data_fingerprint="mine")[0] == ""
+    assert said(data_fingerprint="another's")[0] == "another text"
+    assert said(tokens=2_000_000)[0] == f"another text and 2,000,000 tokens, not {tokens:,}"
+    for word in ("router=dense", f"tuned={path}"):
+        settings = read(compose_config(*tiny, word))
+        path.unlink(missing_ok=True)  # of a run that is trained again
+        assert tuned_elsewhere(settings, "mine") == ""

@@ -32,6 +32,7 @@ from training.session import Session, open_session
 from training.settings import Settings
 from training.start import earlier, require_same_dictionary, require_same_positions, take_dictionary
 from training.targets import classes
+from training.tuning import tuned_elsewhere
 
 FINISHED, FAILED, DIVERGED, INTERRUPTED = 0, 1, 3, 75  # exit statuses; 75: it has left a checkpoint and can go on
 
@@ -192,6 +193,7 @@ def _announcement(session: Session, again: bool) -> str:
         + slow
         + (f"; going on after step {progress.step}" if progress.step else "")
         + ("; begun before, without a checkpoint: from the start" if again and not progress.step else "")
+        + "".join(f"\n  {line}" for line in [tuned_elsewhere(settings, session.run.prepared.fingerprint)] if line)
     )
 
 

@@ -125,6 +125,20 @@ def from_ledger(ledger: str, arm: str, scale: str) -> dict[str, Any]:
         raise ValueError(f"tuned={ledger} is no ledger that can be read: {error}, of {arm}") from error
 
 
+def tuned_elsewhere(settings: Settings, data_fingerprint: str) -> str:
+    """A line if the run has a rate that was chosen on another text or budget than its own; "" if not, or not known."""
+    path = Path(settings.tuned or "").expanduser()
+    if settings.space is None or settings.train.init_from is not None or not path.is_file():
+        return ""  # path: a run that is trained again has its rate without the ledger
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == settings.space and row["chosen"] == "True"]
+    tokens = settings.train.steps * settings.train.batch_size * settings.data.sequence_length
+    texts = {row.get("data_fingerprint") or data_fingerprint for row in rows} - {data_fingerprint}
+    budgets = {float(row.get("tokens") or tokens) for row in rows} - {tokens}
+    others = ["another text"] * bool(texts) + [f"{each:,.0f} tokens, not {tokens:,}" for each in budgets]
+    return f"tuned={settings.tuned}: the trials of {settings.space} were of {' and '.join(others)}" if others else ""
+
+
 def described(settings: Settings) -> dict[str, Any]:
     """What a sweep's record says of a trial: its arm, place, rate and knob. {} of a run that is none."""
     if settings.trial is None:

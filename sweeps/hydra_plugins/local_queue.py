@@ -23,7 +23,7 @@ from training.build import find_data, open_data
 from training.folder import write_atomically
 from training.job import run
 from training.threads import cores
-from training.tuning import described
+from training.tuning import described, tuned_elsewhere
 
 # What a job imports only on its way, in about 3 s: run.py's part, the optimizer's, and wandb's.
 PRELOAD = ("hydra", "torch._dynamo", "wandb", "wandb.sdk.launch.inputs.internal")
@@ -59,6 +59,10 @@ class LocalQueue(Launcher):
         plan.require_valid()
         jobs = jobs_to_run(plan.jobs)
         record(plan.jobs)
+        opened = [job.run for job in plan.jobs if job.run]
+        for line in dict.fromkeys(tuned_elsewhere(each.settings, each.prepared.fingerprint) for each in opened):
+            if line:
+                print(line)
         settings = [job.settings for job in plan.jobs if job.settings]
         slots = self.slots(settings[0].device, cores() if {each.scale for each in settings} == {"smoke"} else 1)
         preload = (*PRELOAD, *(COMPILER if any(job.config.train.compile for job in jobs) else ()))
