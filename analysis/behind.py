@@ -156,7 +156,9 @@ def origin(said: dict[str, Any]) -> dict[str, Any]:
     versions = " ".join(f"{name}={version}" for name, version in said.get("versions", {}).items())
     git = {key: said["git"].get(key) or "" for key in ("commit", "dirty")}
     plain = {key: said.get(key, "") for key in ("python", "precision", "dispatch", "threads")}
-    return {"run_command": " ".join(said.get("command", [])), "versions": versions} | git | plain
+    documents = said.get("data", {}).get("splits", {}).get("test", {}).get("documents")
+    told = {} if documents is None else {"test_documents": documents}
+    return {"run_command": " ".join(said.get("command", [])), "versions": versions} | git | plain | told
 
 
 def flat(node: Any, place: str = "") -> dict[str, Any]:

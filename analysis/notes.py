@@ -30,12 +30,8 @@ from analysis.tables import (
 from analysis.variation import split_variance
 
 WITHOUT_RESULT = ("stopped", "failed", "missing")
-OF_EXPERTS = (
-    "num_experts",
-    "experts.num_shared",
-    "model.sparse_layers",
-)  # settings of no use to an arm without experts
-
+OF_EXPERTS = ("num_experts", "experts.num_shared", "model.sparse_layers")  # of no use to an arm without experts
+FEW_DOCUMENTS, FEW = 30, "; so few say little of other text"  # losses differ more by document than by arm
 LAST = "in training's last logged step, mean over runs"
 LOGGED = {  # figure of metrics.routing: what it is, its form, how the runs of an arm make one, and what goes unsaid
     "assignment_gap": (
@@ -100,13 +96,23 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         )
     if (share := float(np.min(frame["test_priced_share"].to_numpy()))) < 0.99:
         lines.append(f"  of {share:.1%} of the test tokens, which stand for all: the others are no targets")
+    lines += tested_on(counted)
     if {"curve_tokens", "val/tokens"} <= set(runs):
-        read, whole = (
-            float(np.max(runs[key].dropna().to_numpy(float), initial=0)) for key in ("curve_tokens", "val/tokens")
-        )
+        read, whole = (float(np.nanmax([0, *runs[key]])) for key in ("curve_tokens", "val/tokens"))
         if read < whole:
             lines.append(f"learning curves: over {read:,.0f} of {whole:,.0f} validation tokens, the same at every step")
     return lines
+
+
+def tested_on(counted: pd.DataFrame) -> list[str]:
+    """How much text the test losses are of, if that is known, and whether that is too little."""
+    if "test_documents" not in counted:
+        return []
+    least = counted.dropna(subset=["test_documents"]).sort_values("test_documents").head(1)
+    return [
+        f"test split: {n:,.0f} {plural('document', n)}, {tokens:,.0f} tokens{FEW * (n < FEW_DOCUMENTS)}"
+        for n, tokens in zip(least["test_documents"], least["test/tokens"])
+    ]
 
 
 def marks(frame: pd.DataFrame, asked: dict[str, Any], floor: float) -> list[str]:
@@ -276,9 +282,9 @@ def of_publications(tables: list[dict[str, Any]]) -> list[str]:
         lines.append(
             "  seen: in a transcription or the authors' own figure; read off: digitised from it; unverified: recalled."
         )
-        lines.append(
+        lines += [
             "  Its differences are logarithms of ratios of these perplexities, to the reference of the same corpus;"
-        )
+        ]
         lines.append("  of validation where its values are the surer ones, else of test where that is known")
         if any(row["ours"] and not row["alike"] for row in rows):
             lines.append("  A row without ours is of a setting that our runs do not have")

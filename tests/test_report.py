@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -368,20 +369,31 @@ def test_every_kind_of_bad_run_is_named_and_in_no_mean(tmp_path):
 def test_notes_say_what_curves_are_over_which_weights_and_what_was_priced(tmp_path):
     """And to try next is the sweep that was run, its data included, at another scale."""
     runs = tmp_path / "runs"
-    special = {"val/tokens": 99, "best_step": 40, "test/bits_per_byte": 2.0, "test/priced_share": 0.5}
+    special = {
+        "val/tokens": 99,
+        "best_step": 40,
+        "test/bits_per_byte": 2.0,
+        "test/priced_share": 0.5,
+        "test/tokens": 1987,
+    }
     folders = [write_run(runs, arm, 0, 5.3, **special) for arm in ("dense", "switch")]
     for folder in folders:
         path = folder / "metrics.jsonl"
         path.write_text(path.read_text().replace('"val/ce"', '"val/tokens": 33, "val/ce"'))
+        origin = json.loads((folder / "provenance.json").read_text())
+        origin["data"] = {"splits": {"test": {"documents": 29 if folder == folders[1] else 4000}}}
+        (folder / "provenance.json").write_text(json.dumps(origin))
     write_sweep(runs, folders)
     path = runs / "sweeps" / "quickstart.json"
     command = ["python", "run.py", "-m", "sweeps=quickstart", "data.folder=my talk", "scale=smoke"]
+    command += ["tuned=of/smoke.csv", "train.steps=9"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
     printed = report("quickstart", runs, tmp_path / "results")
     assert "perplexity: exp(cross-entropy per token) of the best validation's weights; mean" in printed
     assert "learning curves: over 33 of 99 validation tokens, the same at every step" in printed
     assert "of 50.0% of the test tokens, which stand for all" in printed
-    assert "run.py -m sweeps=quickstart 'data.folder=my talk' scale=small" in printed
+    assert "run.py -m sweeps=quickstart 'data.folder=my talk' scale=small\n" in f"{printed}\n"
+    assert re.search(r"^test split: 29 documents, 1,987 tokens; so few say little of other text$", printed, re.M)
 
 
 def test_notes_say_what_the_steps_logged_of_gaps_drops_and_loads(tmp_path):

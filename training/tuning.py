@@ -83,7 +83,8 @@ def tried(config: MutableMapping[str, Any] | DictConfig) -> dict[str, Any]:
     if not isinstance(place, Sequence) or len(place) != axes or not all(isinstance(at, int) for at in place):
         of = f"a rate and a value of {space.knob}" if space.knob else "a rate"
         raise ValueError(
-            f"trial must be 'all' or places on the grid of {of}, as [{', '.join('0' * axes)}]; got {place!r}"
+            f"trial must be 'all' or places on the grid of {of}, as [{', '.join('0' * axes)}] of "
+            f"{' x '.join(str(len(axis)) for axis in (space.lr, space.values) if axis)}; got {place!r}"
         )
     rate = float(f"{config['train']['lr'] * value_at(space.lr, place[0]):.6g}")
     return {"train.lr": rate} | ({space.knob: value_at(space.values, place[1])} if space.knob else {})
@@ -115,8 +116,9 @@ def from_ledger(ledger: str, arm: str, scale: str) -> dict[str, Any]:
         others = sorted({row["arm"] for row in rows if row["chosen"] == "True"})
         why = "trials of it are still to come" if arm in {row["arm"] for row in rows} else "it was not tried"
         raise ValueError(
-            f"tuned={ledger} has chosen nothing for {arm}, as {why}, but for {', '.join(others) or 'no arm'}: "
-            f"name these in router=, or add {arm} by -m sweeps=tune router={arm} with the others' text and budget"
+            f"tuned={ledger} has chosen nothing for {arm}, as {why} (it has for {', '.join(others) or 'no arm'}): "
+            f"leave {arm} out, or go on by python run.py -m sweeps=tune router={arm} scale={scale}, with the text and "
+            "budget that the other trials had, and python -m analysis.report tune"
         )
     ((lr, knob, value),) = chosen
     try:
