@@ -282,10 +282,11 @@ def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(t
     assert all((tmp_path / "runs" / name / "result.json").exists() for name in runs)
     again = multirun(tmp_path, *sweep)
     assert again.returncode == 0 and "2 of 2 jobs are finished already: skipped" in again.stdout
-    assert "started" not in again.stdout and "written over" not in again.stdout
+    assert "started" not in again.stdout and "listed other runs" not in again.stdout
     other = multirun(tmp_path, *sweep, "seed=2").stdout
-    assert "sweep.json listed other runs and is written over; sweep=NAME gives" in other
-    assert re.search(r"\n  what lists them again: python .*run.py .*seed=0,1,1", other)
+    assert "sweep.json listed other runs: that list is sweep.smoke.json now; sweep=NAME gives" in other
+    assert re.search(r"\n  what makes it again: python .*run.py .*seed=0,1,1", other)
+    assert json.loads((tmp_path / "runs" / "sweeps" / "sweep.smoke.json").read_text())["runs"] == runs
 
 
 if __name__ == "__main__":

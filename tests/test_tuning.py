@@ -396,7 +396,7 @@ def test_trials_of_a_further_arm_are_added_to_the_record_and_a_plain_sweep_repla
     assert arms(*few, "router=switch") == [(("dense", 100), 8), (("switch", 100), 8)]
     assert capsys.readouterr().out == ""
     assert arms(*few, "router=dense", "seed=101") == [(("switch", 100), 8), (("dense", 101), 8)]
-    assert "listed other runs and is written over" in capsys.readouterr().out
+    assert "listed other runs: that list is tune.smoke.json now" in capsys.readouterr().out
     assert arms(*few, "router=dense", "seed=1", "sweep=tune", sweep="main")[0] == ((None, 1), 1)
 
 

@@ -94,7 +94,8 @@ class LocalSweeper(BasicSweeper):
 
 def record(planned: Sequence[Planned]) -> None:
     """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, under which arm's label and seed, and which were
-    made for these to start from. Trials of further arms are added to those that are there."""
+    made for these to start from. Trials of further arms are added to those that are there; a list of other runs becomes
+    <name>.<its scale>.json."""
     cells = []
     for (arm, seed, name), job in cells_of(planned).items():
         assert job.settings is not None
@@ -112,6 +113,8 @@ def record(planned: Sequence[Planned]) -> None:
     content = {"sweep": name, "scale": settings.scale, "command": ["python", *sys.argv]}
     content |= {"cells": cells, "runs": runs, "started_from": sorted({job.name for job in planned} - set(runs))}
     if not set(before["runs"]) <= set(runs):
-        print(f"{path} listed other runs and is written over; sweep=NAME gives this sweep a name of its own")
-        print(f"  what lists them again: {shlex.join(before['command'])}")
+        kept = path.with_name(f"{name}.{before['scale']}.json")
+        path.replace(kept)
+        print(f"{path} listed other runs: that list is {kept.name} now; sweep=NAME gives this sweep a name of its own")
+        print(f"  what makes it again: {shlex.join(before['command'])}")
     write_atomically(path, json.dumps(content, indent=1))
