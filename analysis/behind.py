@@ -188,21 +188,23 @@ def of_published(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 
 def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
-    """By run: training seconds until its validation loss was that of another arm's last validation with the same seed,
-    between validations by a straight line; infinite if it never was, absent without both curves. of: arm -> that one.
+    """By run: training seconds, at its tokens per second, until its validation loss was that of another arm's last
+    validation with the same seed, between validations by a straight line; infinite if it never was, absent without both
+    curves or a rate. of: arm -> that one.
     """
     curves = {key: curve.sort_values("step") for key, curve in study.curves.groupby(["arm", "seed"])}
     found = {}
     for run in study.counted.to_dict("records"):
         own = curves.get((run["arm"], run["seed"]))
         other = curves.get((of.get(run["arm"], ""), run["seed"]))
-        if own is not None and other is not None:
-            found[run["id"]] = _crossing(own["seconds"], own["val/ce"], other["val/ce"].iloc[-1])
+        if own is not None and other is not None and run["tokens_per_second"]:
+            step = _crossing(own["step"], own["val/ce"], other["val/ce"].iloc[-1])
+            found[run["id"]] = step * run["tokens"] / run["step"] / run["tokens_per_second"]
     return found
 
 
-def _crossing(seconds: Any, losses: Any, wanted: float) -> float:
-    x, y = seconds.to_numpy(float), losses.to_numpy(float)
+def _crossing(steps: Any, losses: Any, wanted: float) -> float:
+    x, y = steps.to_numpy(float), losses.to_numpy(float)
     if not (y <= wanted).any():
         return np.inf
     at = int(np.argmax(y <= wanted))

@@ -81,8 +81,8 @@ def columns(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         "tokens per s: trained per second, whatever else the machine did; not a benchmark",
         "parameters: active are those that one token passes through; k thousand, M million, B billion",
         "FLOPs: of matrix products in training a token, router and baseline included; memory is of the whole process",
-        f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed",
-        "  (what a GPU compiles at first counts, some seconds more or less a run: for speed see tokens per s)",
+        f"seconds: of training, mean over runs; and until the validation loss was {timed}'s last of the same seed;",
+        "  at each run's tokens per s, without what is compiled at first",
     ]
     counted = runs.loc[runs["outcome"] == "finished"]
     if shared := int(sharing(counted).sum()):

@@ -38,7 +38,8 @@ UNKNOWN = (
 WITHIN = {"active_parameters": "parameters/active", "total_parameters": "parameters/total"}
 WITHIN |= {"flops_per_token": "train_flops_per_token", "peak_memory_bytes": "peak_memory_bytes"}
 SPEEDS = ("tokens_per_second", "train_seconds")
-WITHIN |= {key: key for key in (*SPEEDS, "seconds_to_reference", "documents_low", "documents_high")}
+WITHIN |= {key: key for key in ("tokens_per_second", "seconds_to_reference", "documents_low", "documents_high")}
+WITHIN |= {"train_seconds": "steady_seconds"}
 
 
 def summary(runs: pd.DataFrame, style: dict, asked: dict[str, Any]) -> pd.DataFrame:
@@ -128,7 +129,7 @@ def losses(runs: Any) -> dict[str, float]:
 def costs(runs: Any) -> dict[str, float]:
     """Means, of speeds over the runs that had their GPU to themselves; of the time to the reference's loss over those
     of them that came to it, how many those are, and of how many it is known."""
-    alone = runs.loc[~sharing(runs)]
+    alone = runs.loc[~sharing(runs)].assign(steady_seconds=lambda own: own["tokens"] / own["tokens_per_second"])
     row = {name: mean_of_all(alone if name in SPEEDS else runs, column) for name, column in WITHIN.items()}
     waited = alone["seconds_to_reference"].astype(float)
     reached = waited[np.isfinite(waited)]
