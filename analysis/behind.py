@@ -197,9 +197,9 @@ def seconds_to_loss(study: Study, of: dict[str, str]) -> dict[str, float]:
     for run in study.counted.to_dict("records"):
         own = curves.get((run["arm"], run["seed"]))
         other = curves.get((of.get(run["arm"], ""), run["seed"]))
-        if own is not None and other is not None and run["tokens_per_second"]:
+        if own is not None and other is not None and (rate := run.get("tokens_per_second")):
             step = _crossing(own["step"], own["val/ce"], other["val/ce"].iloc[-1])
-            found[run["id"]] = step * run["tokens"] / run["step"] / run["tokens_per_second"]
+            found[run["id"]] = step * run["tokens"] / run["step"] / rate
     return found
 
 

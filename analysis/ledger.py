@@ -110,12 +110,9 @@ def write(runs: Path, results: Path, sweep: str) -> tuple[str, str]:
     lines += [f"{arm}: the best lies at an edge still, and no more are tried" for arm in edge]
     usable = sorted({row["arm"] for row in rows if row["chosen"]})
     few = f" of {', '.join(usable)}" if left and usable else ""
-    use = (
-        f"tuned={folder / 'ledger.csv'} uses it{few} in any sweep of this scale"
-        if usable
-        else "nothing is chosen in it yet"
-    )
-    lines += [f"{folder / 'ledger.csv'}: {use}"]
+    path = folder / "ledger.csv"
+    use = f"tuned={path} uses it{few} in any sweep of this scale" if usable else "nothing is chosen in it yet"
+    lines += [f"{path}: {use}"]
     return tabulate(shown, headers="keys", disable_numparse=True, missingval=""), "\n".join(lines)
 
 

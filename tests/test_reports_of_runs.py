@@ -271,7 +271,7 @@ def test_a_report_on_the_noise_floor_is_the_same_bytes_again_and_has_its_own_flo
     assert "noise floor: one run repeated with one seed differs by up to 0.0122 nats" in printed
 
 
-def test_wall_clock_to_the_dense_baselines_loss_is_between_the_validations(trained, tmp_path):
+def test_the_time_to_the_dense_baselines_loss_is_between_the_validations(trained, tmp_path):
     report("modules", trained, tmp_path / "results")
     rows = read(tmp_path / "results" / "smoke" / "modules" / "runs.csv")
     for row in rows.to_dict("records"):

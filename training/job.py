@@ -185,6 +185,7 @@ def _announcement(session: Session, again: bool) -> str:
     on_cpu = session.device.type == "cpu" and settings.scale != "smoke"
     slow = f"; scale={settings.scale} is made for a GPU, a step may take minutes here" if on_cpu else ""
     plain = ", not compiled" if settings.train.compile and not session.origin["compiled"] else ""
+    elsewhere = tuned_elsewhere(settings, session.run.prepared.fingerprint)
     return (
         f"{settings.arm}, seed {settings.seed}: {session.run.folder}{start}\n"
         f"  {counts['active']:,} active of {counts['total']:,} parameters{trained} on {session.device}, dispatch "
@@ -193,7 +194,7 @@ def _announcement(session: Session, again: bool) -> str:
         + slow
         + (f"; going on after step {progress.step}" if progress.step else "")
         + ("; begun before, without a checkpoint: from the start" if again and not progress.step else "")
-        + "".join(f"\n  {line}" for line in [tuned_elsewhere(settings, session.run.prepared.fingerprint)] if line)
+        + (f"\n  {elsewhere}" if elsewhere else "")
     )
 
 
