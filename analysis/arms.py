@@ -92,7 +92,7 @@ def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
 
 
 def timed_against(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
-    """arm -> the arm whose loss its wall-clock is counted to, that one with itself: of the method that declared.yaml
+    """arm -> the arm to whose loss its time is counted, that one with itself: of the method that declared.yaml
     names; where the table has none, the reference."""
     named = [name for name, arm in arms.items() if arm.method == asked["seconds_to"]]
     pairs = references(arms, asked | {"reference": asked["seconds_to"], "same_place": True} if named else asked)

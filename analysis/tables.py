@@ -68,7 +68,7 @@ def in_terminal(rows: list[list[str]], headers: list[str], left: tuple[int, ...]
 def reference_of(frame: pd.DataFrame, column: str = "reference_arm") -> str:
     """What the differences are to, for a header: one arm's label, or that of the method at each place.
 
-    column: timed_arm is what wall-clock is counted to."""
+    column: timed_arm is to whose loss time is counted."""
     references = frame.loc[frame["arm"].isin(frame[column])]
     first = (references if len(references) else frame).to_dict("records")[0]
     if len(references) < 2:
