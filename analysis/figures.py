@@ -13,7 +13,7 @@ from analysis.arms import Arm, described, references
 from analysis.layout import arrows, broken, far_off, legend_inside_or_above, numbers, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
-from analysis.summary import LEAKS, floors
+from analysis.summary import LEAKS, floors, sharing
 from analysis.tables import leaky, reference_of
 
 MOST_CURVES = 8
@@ -21,6 +21,7 @@ SHOWS = {
     "curves": "learning curves, mean over seeds",
     "differences": "differences to the reference",
     "against": "losses and differences against their place",
+    "rates": "tokens trained per second, every run",
 }
 
 
@@ -31,10 +32,10 @@ def save_figure(
     asked: dict[str, Any],
     folder: Path,
     public: pd.DataFrame | None,
-    floor: float,
+    found: pd.DataFrame,
 ) -> str:
     """Draw folder/figure.png and figure.pdf; say what they show. public: curves to lay under an `against` figure;
-    floor: of noise between two runs, NaN if unknown.
+    found: the study's runs as runs.csv has them.
 
     The same study is the same bytes: no dates, and style's settings over matplotlib's own instead of the reader's.
     """
@@ -47,7 +48,9 @@ def save_figure(
         if kind == "curves":
             learning_curves(figure, study, frame, arms, curves(tables, references(arms, asked)))
         elif kind == "differences":
-            points(figure, frame, arms, papers, floor)
+            points(figure, frame, arms, papers, found["noise_floor"].iloc[0])
+        elif kind == "rates":
+            rates(figure, found.loc[found["id"].isin(study.counted["id"]) & ~sharing(found)], frame, arms)
         else:
             against_place(figure, frame, arms, asked, papers, public, style)
         save(figure, folder, "figure")
@@ -60,6 +63,8 @@ def kind_of(frame: pd.DataFrame, asked: dict[str, Any]) -> str:
     joined = [arm for ends in asked.get("joins", {}).values() for arm in ends]
     placed = frame.loc[(frame["n"] > 0) & (frame["x"].notna() | frame["arm"].isin(joined))]
     if kind == "against" and (placed.empty or compared.empty):
+        kind = "differences"
+    if kind == "rates" and bool(frame["tokens_per_second"].isna().any()):  # of runs that shared their GPU
         kind = "differences"
     if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
         kind = "differences"
@@ -189,6 +194,29 @@ def points(
     told += f"\ngrey: below the noise floor (of two single runs {floor:.4f} nats, 95 %)" if len(noise) else ""
     told += f"\n{LEAKS} sees the future in evaluation" if any(LEAKS in label for label in labels) else ""
     explain(figure, f"{bars}n = {numbers(rows['n'])}{told}")
+
+
+def rates(figure: Figure, counted: Any, frame: pd.DataFrame, arms: dict[str, Arm]) -> None:
+    """Tokens trained per second: a bar to each arm's mean, the fastest on top, its runs on it, and what it is of the
+    reference's mean."""
+    per_second = counted.groupby("arm")["tokens_per_second"]
+    means = per_second.mean().sort_values()
+    reference = next((arm for arm in frame["reference_arm"] if arm in means), None)
+    _, per = token_unit(means.max())
+    figure.set_size_inches(3.4, 1.2 + 0.2 * len(means))
+    axes = figure.subplots()
+    for place, (arm, mean) in enumerate(means.items()):
+        axes.barh(place, mean / per, height=0.55, color=arms[arm].look["color"], alpha=0.35)
+        runs = per_second.get_group(arm) / per
+        axes.plot(runs, [place] * len(runs), ".", color="0.15", markersize=3)
+        if reference not in (None, arm):
+            axes.text(
+                0.02 * means.max() / per, place, f"{mean / means[reference]:.2f} times", va="center", fontsize=6.5
+            )
+    axes.set_yticks(range(len(means)), [broken(arms[arm].label) for arm in means.index])
+    axes.set_xlabel(f"tokens trained per second ({token_unit(means.max())[0]})")
+    beside = f" (times: of {arms[reference].label}'s mean)" if reference else ""
+    explain(figure, f"bars: means{beside}; dots: runs, n = {numbers(per_second.count())}")
 
 
 def over_seeds(losses: pd.Series) -> pd.DataFrame:

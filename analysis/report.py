@@ -38,7 +38,7 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
     found = behind.behind(study, runs, results, style, asked)
     behind.write(found, folder / "runs.csv")
     printed, frame = write_tables(folder, style, runs)
-    shows = save_figure(study, frame, style, asked, folder, public, found["noise_floor"].iloc[0])
+    shows = save_figure(study, frame, style, asked, folder, public, found)
 
     where = f"{tables_at(folder)}\n"
     where += f"figure  {folder}/figure.png, figure.pdf: {shows}\n"

@@ -15,7 +15,7 @@ from training.checkpoint import LoadedRun, load_run
 WORDS, WIDTH = 4000, 64
 # zipf N: words of falling frequency, each with a hidden state of its own, and N times as much noise
 KINDS = ("gaussian", "common", "zipf 0", "zipf 0.01", "zipf 0.1", "zipf 1", "rank 1", "rank 2", "rank 4", "heavy")
-KINDS += ("identical", "half")
+KINDS += ("identical", "half", "wanted")
 
 
 def drawn(kind: str, tokens: int, experts: int) -> Tensor:
@@ -42,6 +42,10 @@ def drawn(kind: str, tokens: int, experts: int) -> Tensor:
         scores = normal(tokens, experts)
         if name == "half":  # half of the rows are one row
             scores[: tokens // 2] = scores[0].clone()
+        elif name == "wanted":  # one expert of 32 is all that 1.3 times its share of rows want, by nine deviations
+            rows = int(1.3 * tokens / experts)
+            for expert in range(max(1, experts // 32)):
+                scores[expert * rows : (expert + 1) * rows, expert] += 9
     return scores[None]
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from routers.compiled import compiled_on_gpu
 
-STEPS = 14  # temperatures from 1 to COLDEST, of the scores' deviation
+STEPS = 14  # temperatures from HOTTEST to COLDEST, of the scores' deviation
+HOTTEST = 3.0  # at 1, words that prefer an expert by nine deviations leave its price behind for good
 COLDEST = 3e-4
 DAMPING = 1e-3  # of the mean load: experts that share no token are tied by this alone
 PARTS = 64  # in which P'P is summed
@@ -29,8 +30,10 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
     rows (G, N, E) of deviation 1, rows that are alike near each other; real (G, N), False: takes part in nothing.
     """
-    prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), COLDEST ** (1 / (STEPS - 1))
-    temperature = cooling ** torch.arange(STEPS, dtype=rows.dtype, device=rows.device)  # not one graph for each
+    prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), (COLDEST / HOTTEST) ** (1 / (STEPS - 1))
+    temperature = HOTTEST * cooling ** torch.arange(
+        STEPS, dtype=rows.dtype, device=rows.device
+    )  # not one graph for each
     for step in range(STEPS - 1):
         prices = newton_step(rows, real, prices, temperature[step], cooling)
     prices = newton_step(rows, real, prices, temperature[-1], 1.0)  # settles there

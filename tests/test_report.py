@@ -213,6 +213,22 @@ def test_under_a_figure_stand_only_the_bars_and_bands_that_it_has(tmp_path, monk
     assert "bars (where longer than marks) and bands above: ± 1 standard deviation" in level
 
 
+def test_the_figure_of_rates_has_every_run_and_what_an_arm_is_of_the_reference(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(figure=figure))
+    runs, rates = tmp_path / "runs", {"base": (20_000.0, 30_000.0), "hash_balanced": (30_000.0, 32_500.0)}
+    cells = [(arm, seed, rate) for arm, each in rates.items() for seed, rate in enumerate(each)]
+    write_sweep(runs, [write_run(runs, arm, seed, 5.2, tokens_per_second=rate) for arm, seed, rate in cells], "rates")
+    assert "figure.pdf: tokens trained per second, every run" in report("rates", runs, tmp_path / "results")
+    (axes,) = drawn["figure"].axes
+    assert [bar.get_width() for bar in axes.patches] == [25.0, 31.25]  # thousands
+    assert [list(line.get_xdata()) for line in axes.lines] == [[20.0, 30.0], [30.0, 32.5]]
+    assert [each.get_text() for each in axes.texts] == ["1.25 times"]
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["BASE", "Hash, balanced"]
+    said = drawn["figure"].get_supxlabel().replace("\u00a0", " ")
+    assert said == "bars: means (times: of BASE's mean); dots: runs, n = 2"
+
+
 def test_the_figure_of_repeats_has_the_noise_floor(tmp_path, monkeypatch):
     drawn: dict = {}
     monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(figure=figure))
