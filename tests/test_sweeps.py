@@ -94,6 +94,7 @@ def stated_jobs(sweep: str, scale: str) -> int:
 
 def test_every_sweep_is_tested():
     assert {path.stem for path in (ROOT / "sweeps").glob("*.yaml")} == SWEEPS.keys()
+    assert all(header(sweep) for sweep in SWEEPS)
     routers = OmegaConf.load(ROOT / "sweeps" / "routers.yaml").hydra.sweeper.params.router
     assert sorted(name.strip() for name in routers.split(",")) == ARMS
 
