@@ -202,7 +202,7 @@ def rates(figure: Figure, counted: Any, frame: pd.DataFrame, arms: dict[str, Arm
     per_second = counted.groupby("arm")["tokens_per_second"]
     means = per_second.mean().sort_values()
     reference = next((arm for arm in frame["reference_arm"] if arm in means), None)
-    _, per = token_unit(means.max())
+    unit, per = token_unit(means.max())
     figure.set_size_inches(3.4, 1.2 + 0.2 * len(means))
     axes = figure.subplots()
     for place, (arm, mean) in enumerate(means.items()):
@@ -214,7 +214,7 @@ def rates(figure: Figure, counted: Any, frame: pd.DataFrame, arms: dict[str, Arm
                 0.02 * means.max() / per, place, f"{mean / means[reference]:.2f} times", va="center", fontsize=6.5
             )
     axes.set_yticks(range(len(means)), [broken(arms[arm].label) for arm in means.index])
-    axes.set_xlabel(f"tokens trained per second ({token_unit(means.max())[0]})")
+    axes.set_xlabel(f"tokens trained per second ({unit})")
     beside = f" (times: of {arms[reference].label}'s mean)" if reference else ""
     explain(figure, f"bars: means{beside}; dots: runs, n = {numbers(per_second.count())}")
 

@@ -31,9 +31,8 @@ def even_prices(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     rows (G, N, E) of deviation 1, rows that are alike near each other; real (G, N), False: takes part in nothing.
     """
     prices, cooling = rows.new_zeros(rows.shape[0], rows.shape[2]), (COLDEST / HOTTEST) ** (1 / (STEPS - 1))
-    temperature = HOTTEST * cooling ** torch.arange(
-        STEPS, dtype=rows.dtype, device=rows.device
-    )  # not one graph for each
+    step_numbers = torch.arange(STEPS, dtype=rows.dtype, device=rows.device)  # a tensor: not one graph for each
+    temperature = HOTTEST * cooling**step_numbers
     for step in range(STEPS - 1):
         prices = newton_step(rows, real, prices, temperature[step], cooling)
     prices = newton_step(rows, real, prices, temperature[-1], 1.0)  # settles there

@@ -45,7 +45,7 @@ def test_so_they_are_at_all_sizes(kind, shape):
     expert, gap = fast_assignment(scores, all_real(scores))
     load = torch.bincount(expert[0], minlength=shape[1])
     assert load.max() - load.min() <= (shape[0] % shape[1] > 0)
-    assert float(gap) <= (2e-3 if shape[0] % shape[1] else 1e-3)  # with places left over few tokens weigh more
+    assert float(gap) <= (2e-3 if kind == "wanted" and shape[0] % shape[1] else 1e-3)  # 1.8e-3 with places left over
 
 
 def test_places_left_over_go_to_the_experts_that_are_dearest_in_the_scores_themselves():
