@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from analysis.arms import Arm, plural
-from analysis.layout import arrows, broken, far_off, legend_above, numbers, numbers_at_the_ends, span
+from analysis.layout import arrows, broken, far_off, held, legend_above, numbers, numbers_at_the_ends, span
 from analysis.tables import reference_of
 
 
@@ -35,9 +35,8 @@ def against_place(
         own = rows["arm"].isin(list(ends))
         rows.loc[own, "x"], rows.loc[own, "method"] = rows.loc[own, "arm"].map(ends).astype(float), joined
     out = far_off(rows)
-    low, high = span(
-        rows.loc[rows["difference_mean"].notna()], *(papers[arm][0] for arm in rows.loc[~out, "arm"] if arm in papers)
-    )
+    below_drawn = rows.loc[rows["difference_mean"].notna() & rows["x"].notna()]
+    low, high = span(below_drawn, *(papers[arm][0] for arm in rows.loc[~out, "arm"] if arm in papers))
     limits, cut = (low - 0.08 * (high - low), high + 0.08 * (high - low)), False
     places = sorted(set(rows["x"].dropna()))
     methods = rows["method"].unique()
@@ -67,8 +66,8 @@ def told(rows: Any, beyond: bool, hollow: bool) -> str:
     spread = rows.loc[rows["test_ce_deviation"].notna(), "x"]
     above = ["bars (where longer than marks)"] * bool(spread.notna().any()) + ["bands"] * bool(spread.isna().any())
     parts = [f"n = {numbers(rows['n'])} {plural('seed', int(rows['n'].max()))}"]
-    below = rows.loc[rows["x"].notna(), "difference_low"].notna().any()
-    parts += ["bars below: 95 % intervals, all at once"] * bool(below)
+    below = rows.loc[rows["x"].notna() & rows["difference_low"].notna()]
+    parts += [f"bars below: 95 % intervals, {held(below, '◊ in the table')}"] * bool(len(below))
     parts += ["arrows: beyond the axis"] * beyond + ["hollow: published"] * hollow
     parts += [f"{' and '.join(above)} above: ± 1 standard deviation"] * bool(above)
     return broken("; ".join(part.replace(" ", "\u00a0") for part in parts), 80)

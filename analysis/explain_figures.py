@@ -12,7 +12,7 @@ from matplotlib.style import context
 from analysis.arms import Arm
 from analysis.figures import explain, of_bands, token_unit
 from analysis.inside import Evaluation
-from analysis.layout import broken, legend_inside_or_above, numbers, save
+from analysis.layout import broken, legend_over, numbers, save
 
 MOST_CURVES, MOST_BANDS, MOST_MAPS, MOST_TOKENS = 10, 4, 8, 16
 NAME = 9  # letters of a token in a map
@@ -42,7 +42,7 @@ def save_figures(
             figure = Figure(figsize=(3.4, 2.5))
             axes = figure.subplots()
             if plot(axes, figures, lines, pairs):
-                legend_inside_or_above(figure, axes)
+                legend_over(figure, axes)
                 under = f"\nreference: {_named(pairs, lines, arms)}" if name == "frequency" else ""
                 explain(figure, f"{said}{under}{few}")
                 save(figure, folder, f"explain_{name}")

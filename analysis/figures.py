@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.against import against_place
 from analysis.arms import Arm, described, references
-from analysis.layout import arrows, broken, far_off, legend_inside_or_above, numbers, save, span
+from analysis.layout import arrows, broken, far_off, held, legend_inside_or_above, numbers, save, span
 from analysis.published import curves, differences, published
 from analysis.runs import Study
 from analysis.summary import LEAKS, floors, sharing
-from analysis.tables import leaky, reference_of
+from analysis.tables import ALONE, leaky, reference_of
 
 MOST_CURVES = 8
 SHOWS = {
@@ -150,6 +150,7 @@ def points(
     rows = rows.sort_values("difference_mean", ascending=False).reset_index(drop=True)
     fewer = rows["n"] < rows["n"].max()
     labels = [broken(f"{row.label} (n = {row.n})" if few else row.label) for row, few in zip(rows.itertuples(), fewer)]
+    labels = [f"{label} {ALONE}" if alone else label for label, alone in zip(labels, rows["alone"])]
     figure.set_size_inches(3.4, 1.2 + (0.2 if any("\n" in label for label in labels) else 0.15) * len(rows))
     ends = rows.loc[~leaky(rows)]
     theirs = [papers[arm][0] for arm in ends.loc[~far_off(ends), "arm"] if arm in papers]
@@ -189,7 +190,8 @@ def points(
     axes.grid(axis="y", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.set_xlabel(broken(f"test loss minus that of {reference_of(frame)} (nats\u00a0per\u00a0token)", 26))
-    bars = "bars: 95 % intervals, all at once; " if ends["difference_low"].notna().any() else ""
+    with_bars = rows.loc[rows["difference_low"].notna()]
+    bars = f"bars: 95 % intervals, {held(with_bars, ALONE)}; " if len(with_bars) else ""
     told = ("; arrows: beyond the axis" if cut else "") + ("\nhollow: published, in its own setting" if theirs else "")
     told += f"\ngrey: below the noise floor (of two single runs {floor:.4f} nats, 95 %)" if len(noise) else ""
     told += f"\n{LEAKS} sees the future in evaluation" if any(LEAKS in label for label in labels) else ""

@@ -18,6 +18,13 @@ def numbers(counts: pd.Series) -> str:
     return " to ".join(str(count) for count in {int(counts.min()): 0, int(counts.max()): 0})
 
 
+def held(rows: pd.DataFrame, mark: str) -> str:
+    """Of what the intervals of these rows hold: of all arms at once, or each alone, or of which what. mark: how the
+    figure shows an arm that is tested alone."""
+    alone = set(rows["alone"])
+    return "each alone" if alone == {True} else f"all at once ({mark}: alone)" if True in alone else "all at once"
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
     """folder/<name>.png and .pdf, the same bytes each time."""
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
@@ -33,11 +40,16 @@ def legend_above(figure: Figure, axes: Axes) -> None:
 
 
 def legend_inside_or_above(figure: Figure, axes: Axes) -> None:
-    """Above, and the figure that much higher, where it would lie over the curves."""
-    labels = legend_labels(axes)
-    if len(labels) <= MOST_INSIDE:
+    """Above where it would lie over the curves."""
+    if len(legend_labels(axes)) <= MOST_INSIDE:
         axes.legend()
-        return
+    else:
+        legend_over(figure, axes)
+
+
+def legend_over(figure: Figure, axes: Axes) -> None:
+    """Above, and the figure that much higher."""
+    labels = legend_labels(axes)
     lines = sum(label.count("\n") + 1 for label in labels)
     figure.set_figheight(figure.get_figheight() + 0.15 * -(-lines // columns(figure, labels)))
     legend_above(figure, axes)

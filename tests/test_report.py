@@ -177,7 +177,7 @@ def test_one_seed_and_one_degree_of_freedom_are_said_in_the_singular(tmp_path):
 
 def test_where_all_are_tested_alone_none_is_far_off(tmp_path, monkeypatch):
     drawn: dict = {}
-    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(axes=figure.axes))
+    monkeypatch.setattr("analysis.figures.save", lambda each, *_: drawn.update(axes=each.axes, figure=each))
     losses = {"dense": 5.3, "hash_balanced": 5.2, "switch_coef_0": 5.28, "switch_coef_0.1": 5.26}
     runs, scatter = tmp_path / "runs", [[1, -1, 0], [40, -20, -20], [1, 0, -1], [-1, 0, 1]]
     cells = [(arm, seed, ce + 1e-3 * own[seed]) for (arm, ce), own in zip(losses.items(), scatter) for seed in range(3)]
@@ -186,7 +186,43 @@ def test_where_all_are_tested_alone_none_is_far_off(tmp_path, monkeypatch):
     assert list(table_of(tmp_path, "load_balance")["alone"]) == [True, False, True, True]
     upper, lower = drawn["axes"]
     assert not upper.texts and not lower.texts
-    assert lower.get_ylim()[1] > 0.1 and upper.get_ylim()[1] > 5.3
+    assert lower.get_ylim()[1] > 0.08 and upper.get_ylim()[1] > 5.3
+    assert "intervals, each alone" in drawn["figure"].get_supxlabel().replace("\u00a0", " ").replace("\n", " ")
+
+
+def test_a_figure_says_which_intervals_hold_alone(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(figure=figure))
+    runs, scatter = tmp_path / "runs", {"hash_random": (40, -20, -20)}
+    arms = ("hash_balanced", "hash_random", "dense", "hash_previous", "hash_bigram")
+    cells = [
+        (arm, seed, 5.2 + place / 10 + 1e-3 * scatter.get(arm, ((1, -1, 0), (0, 1, -1))[place % 2])[seed])
+        for place, arm in enumerate(arms)
+        for seed in range(3)
+    ]
+    write_sweep(runs, [write_run(runs, *cell) for cell in cells], "hash_methods")
+    report("hash_methods", runs, tmp_path / "results")
+    (axes,) = drawn["figure"].axes
+    marked = {each.get_text() for each in axes.get_yticklabels() if "◊" in each.get_text()}
+    table = table_of(tmp_path, "hash_methods")
+    assert marked == {f"{label} ◊" for label in table.loc[table["alone"], "label"]}
+    assert "Hash, random ◊" in marked and len(marked) < 4
+    assert "intervals, all at once (◊: alone)" in drawn["figure"].get_supxlabel().replace("\u00a0", " ")
+
+
+def test_level_lines_do_not_stretch_the_axis_of_differences_and_one_hash_begins_the_line_of_several(
+    tmp_path, monkeypatch
+):
+    drawn: dict = {}
+    monkeypatch.setattr("analysis.figures.save", lambda figure, *_: drawn.update(axes=figure.axes))
+    runs = tmp_path / "runs"
+    losses = {"dense": 5.9, "hash_balanced_1_hash": 5.2, "hash_multi_2_hashes": 5.19, "hash_multi_4_hashes": 5.18}
+    write_sweep(runs, [write_run(runs, arm, 0, ce) for arm, ce in losses.items()], "multi_hash")
+    report("multi_hash", runs, tmp_path / "results")
+    upper, lower = drawn["axes"]
+    (line,) = [each for each in upper.lines if len(each.get_xdata()) > 2]
+    assert list(line.get_ydata()) == [5.2, 5.19, 5.18]
+    assert lower.get_ylim()[1] < 0.01  # dense, which lies 0.7 above, is not drawn there
 
 
 def caption(tmp_path, monkeypatch, sweep: str, arms, seeds: int) -> str:
