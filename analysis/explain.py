@@ -112,9 +112,15 @@ def by_layer(figures: pd.DataFrame) -> pd.DataFrame:
         cells |= {"idle": _mean(idle, "{:.1f}", False)}
         cells |= {"explained": _of(own, "explained", "{:.3f}"), "by chance": _of(own, "by_chance", "{:.3f}", False)}
         places = sorted(settled["place"].unique())
-        several = {"settled: first": 0, "halfway": len(places) // 2, "last": -1}
-        for when, at in (several if len(places) > 1 else dict.fromkeys(["settled"] * len(places), 0)).items():
-            cells[when] = _mean(settled.loc[settled["place"] == places[at], "value"], "{:.3f}", False)
+        if len(places) > 1:
+            halfway = min(places, key=lambda place: abs(place - places[-1] / 2))
+            when = {"settled: first": places[0], "halfway": halfway, "last": places[-1]}
+        else:
+            when = dict.fromkeys(["settled"] * len(places), *places)
+        cells |= {
+            name: _mean(settled.loc[settled["place"] == place, "value"], "{:.3f}", False)
+            for name, place in when.items()
+        }
         rows.append({"arm": arm, "layer": layer} | cells)
     return pd.DataFrame(rows).fillna("")
 

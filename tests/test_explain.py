@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from analysis.explain import by_layer
 from analysis.explain_figures import _visible
 from analysis.inside import explained, token_kinds
 from analysis.report import explained as explain_report
@@ -116,3 +117,17 @@ def test_settled_is_the_share_of_assignments_that_stay():
     assert session.settled({"token_expert/1": first}) == {}
     assert session.settled({"token_expert/1": second}) == {"route/1/settled": (3 + 1) / 10}
     assert session.settled({"token_expert/1": second}) == {"route/1/settled": 1.0}
+
+
+def test_halfway_is_half_of_training_and_not_of_the_validations_that_have_one_before_them():
+    rows = [("load", 0, 1.5), *(("settled", step * 1000, step / 1500) for step in range(250, 1501, 250))]
+    figures = pd.DataFrame(
+        [
+            {"quantity": quantity, "arm": "switch", "seed": 0, "layer": 1, "place": place, "value": value}
+            for quantity, place, value in rows
+        ]
+    )
+    (row,) = by_layer(figures).to_dict("records")
+    assert (row["settled: first"], row["halfway"], row["last"]) == ("0.167", "0.500", "1.000")
+    (row,) = by_layer(figures.loc[figures["place"] <= 250_000]).to_dict("records")
+    assert row["settled"] == "0.167" and "halfway" not in row
