@@ -1,7 +1,7 @@
 """Train a finished run once more and compare: python -m training.again RUN [--into again] [OVERRIDES]
 
 From its config.yaml, into a folder of its own under --into. Overrides are keys of that file, for what lies elsewhere on
-this machine: data.cache=..., data.folder=... (with which the files of data.corpus go) or 'data.corpus.files=...' itself.
+this machine: data.cache=..., data.folder=... (with which the files of data.corpus go) or 'data.corpus.files=...'.
 Says what differs in its origin, and how far the losses lie apart: exit status 1 if by more than --tolerance, which on
 one kind of GPU should be that of a run and its repeat (the noise floor that reports print); on a CPU with as many
 threads the same commit gives the same bits.
