@@ -13,7 +13,7 @@ from analysis.tables import of_columns
 FIGURES = {
     "frequency": "test loss minus the reference's by about a tenth of the text, frequent targets to the left",
     "load": "load of each expert over the mean, the fullest to the left; dotted, the bound of token tables",
-    "settling": "share of a validation's assignments that the one before it made too",
+    "settling": "share of a validation's assignments, counted by token id, that the one before it made too",
     "map": "of the most frequent tokens, which share of each went to which expert",
 }
 
@@ -29,8 +29,8 @@ In evaluation, which may choose otherwise than training does: load of the fulles
 the least that a table of tokens could have on this text; idle: experts with less than a tenth of the mean;
 explained: I(expert; token) / H(expert), how much of the choice the token id explains, and by chance the same if
 experts were dealt to tokens at random; settled: share of assignments at a validation that the one before it
-made too, at the first that has one before it, halfway and at the last; of a router of random draws it says
-nothing, for evaluation repeats its draws."""
+made too, counted by token id and so at most, at the first that has one before it, halfway and at the last; of a
+router of random draws it says nothing, for evaluation repeats its draws."""
 
 
 def explain(study: Study, style: dict, asked: dict, runs: Path, folder: Path) -> str:
