@@ -74,15 +74,32 @@ def place_of(name: str, style: dict) -> str:
     return name.removeprefix(method_of(name, style["arms"])).removeprefix("_")
 
 
+def with_groups(asked: dict[str, Any], runs: Any) -> dict[str, Any]:
+    """asked, with the group of each arm as the sweep's record has it, if it has any. runs: Study.runs or runs.csv."""
+    return asked | {"group_of": dict(zip(runs["arm"], runs["group"]))} if "group" in runs else asked
+
+
+def group_of(arm: Arm, asked: dict[str, Any]) -> str:
+    """What names those that share text and budget: by the sweep's record, else the place if so declared; "" for all."""
+    return asked["group_of"][arm.name] if "group_of" in asked else arm.place if asked.get("groups") else ""
+
+
 def grouping(style: dict, asked: dict) -> Callable[[str], str]:
-    """arm -> what names those that must share data and budget."""
+    """arm -> what names those that must share data and budget, where the sweep's record does not say."""
     return (lambda arm: place_of(arm, style)) if asked.get("groups") else (lambda arm: "")
 
 
 def references(arms: dict[str, Arm], asked: dict[str, Any]) -> dict[str, str]:
     """arm -> the arm it is compared with. With same_place the one of the reference's method at the arm's own place, or
-    without a place; else the one arm that declared.yaml names, or the first of the table if that is not in it."""
+    without a place; else the one arm that declared.yaml names, or the first of the table if that is not in it. With
+    recorded groups each group is a table of its own, whose reference may be any arm of the named one's method."""
     wanted = asked["reference"]
+    if "group_of" in asked:
+        one = {}
+        for arm in sorted(arms.values(), key=lambda arm: (arm.name != wanted, arm.method != wanted)):
+            one.setdefault(group_of(arm, asked), arm.name)
+        pairs = {name: one[group_of(arm, asked)] for name, arm in arms.items()}
+        return {name: reference for name, reference in pairs.items() if name != reference}
     at_place = {arm.place: arm.name for arm in arms.values() if arm.method == wanted}
     if not asked.get("same_place") or not at_place:
         one = wanted if wanted in arms else next(iter(arms))

@@ -28,6 +28,7 @@ TEXTS = (
     "corpus",
     "id",
     "arm",
+    "group",
     "outcome",
     "why",
     "flaws",

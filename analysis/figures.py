@@ -66,9 +66,13 @@ def kind_of(frame: pd.DataFrame, asked: dict[str, Any]) -> str:
         kind = "differences"
     if kind == "rates" and bool(frame["tokens_per_second"].isna().any()):  # of runs that shared their GPU
         kind = "differences"
-    if kind == "curves" and len(frame) > MOST_CURVES:  # more than can be told apart
+    if kind == "curves" and (len(frame) > MOST_CURVES or len(references_of(frame)) > 1):  # more than can be told apart
         kind = "differences"
     return "curves" if kind == "differences" and compared.empty else kind
+
+
+def references_of(frame: pd.DataFrame) -> set[str]:
+    return {*frame["reference_arm"]} - {""}
 
 
 def learning_curves(
@@ -79,8 +83,10 @@ def learning_curves(
     papers: as published.curves has them."""
     losses = study.curves.pivot(index=["seed", "tokens"], columns="arm", values="val/ce")
     drawn = [arm for arm in arms if arm in losses]
-    reference = next((arm for arm in frame["reference_arm"] if arm in losses), None)
+    reference = next((arm for arm in references_of(frame) if arm in losses), None)
     panels = {"validation cross-entropy": losses}
+    if len(references_of(frame)) > 1:  # none of which is that of all curves
+        reference = None
     if reference is not None:
         panels[f"validation loss minus\n{broken(arms[reference].label, 30)}'s"] = losses.sub(
             losses[reference], axis="index"
@@ -106,12 +112,13 @@ def learning_curves(
         hollow: dict[str, Any] = {key: arms[arm].look[key] for key in ("color", "marker")}
         hollow |= {"fillstyle": "none", "linestyle": "none", "clip_on": False, "markersize": 4, "markeredgewidth": 0.8}
         figure.axes[-1].plot(share * last, apart, **hollow)
-    upper, unigram = figure.axes[0], study.counted.loc[:, "val/unigram_entropy"].mean()
-    upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
+    upper = figure.axes[0]
     right = upper.get_yaxis_transform()  # x in axes, y in data: the curves are far from the line there
-    beneath = unigram > losses.iloc[-len(drawn) :].min().min()
-    note: dict[str, Any] = {"ha": "right", "va": "top" if beneath else "bottom", "color": "0.35", "fontsize": 6.5}
-    upper.text(1, unigram, "unigram entropy ", transform=right, **note)
+    for unigram in study.counted["val/unigram_entropy"].unique():  # of each text
+        upper.axhline(unigram, color="0.35", linewidth=0.7, linestyle=":")
+        beneath = unigram > losses.iloc[-len(drawn) :].min().min()
+        note: dict[str, Any] = {"ha": "right", "va": "top" if beneath else "bottom", "color": "0.35", "fontsize": 6.5}
+        upper.text(1, unigram, "unigram entropy ", transform=right, **note)
     legend_inside_or_above(figure, upper)
     n = numbers(frame.loc[frame["n"] > 0, "n"])
     figure.axes[-1].set_xlabel(f"training tokens ({unit})")

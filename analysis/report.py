@@ -14,11 +14,11 @@ from typing import Any
 import pandas as pd
 
 from analysis import behind, notes, tables
-from analysis.arms import declared, described, grouping, load
+from analysis.arms import declared, described, grouping, load, with_groups
 from analysis.figures import save_figure
 from analysis.published import published, routing_curves
 from analysis.runs import Mirror, read_record, read_study
-from analysis.summary import summary
+from analysis.summary import summary, within_groups
 from analysis.trials import report_trials, write_table
 from analysis.wandb_runs import mirrors
 
@@ -33,6 +33,7 @@ def report(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (), 
         return report_trials(runs, results, name, style)
     public = routing_curves(curves) if curves else None
     study = read_study(name, runs, places, grouping(style, asked))
+    asked = with_groups(asked, study.runs)
     folder = results / study.scale / name
     folder.mkdir(parents=True, exist_ok=True)
     found = behind.behind(study, runs, results, style, asked)
@@ -67,7 +68,7 @@ def write_tables(folder: Path, style: dict, place: Path | None = None) -> tuple[
 
     place: where the runs are, for the commands that are printed; in files it stands as runs.csv has it."""
     runs = behind.read(folder / "runs.csv")
-    asked = declared(runs["sweep"].iloc[0])
+    asked = with_groups(declared(runs["sweep"].iloc[0]), runs)
     frame = summary(runs, style, asked)
     frame.to_csv(folder / "table.csv", index=False, float_format="%.15g", lineterminator="\n")
     papers = published(asked.get("published", []), described(runs["arm"], style), behind.of_published(runs))
@@ -101,7 +102,8 @@ def notes_of(
     brief: bool = False,
     place: Path | None = None,
 ) -> str:
-    lines = notes.columns(runs, frame) + notes.marks(frame, asked, runs["noise_floor"].iloc[0])
+    lines = notes.columns(runs, frame) + within_groups(frame, asked)
+    lines += notes.marks(frame, asked, runs["noise_floor"].iloc[0])
     lines += [] if brief else notes.of_statistics(runs, frame, style, asked)
     lines += notes.of_publications(papers) + notes.conditions(runs, frame, asked)
     tuning = runs["tuning"].iloc[0] or "nothing was tuned: there are no trials of sweeps=tune at this scale"
@@ -116,7 +118,7 @@ def explained(name: str, runs: Path, results: Path, places: Sequence[Mirror] = (
 
     style, asked = load("style"), declared(name)
     study = read_study(name, runs, places, grouping(style, asked))
-    return explain(study, style, asked, runs, results / study.scale / name)
+    return explain(study, style, with_groups(asked, study.runs), runs, results / study.scale / name)
 
 
 def main() -> None:

@@ -63,7 +63,8 @@ class Record(NamedTuple):
 
     scale: str
     command: str
-    cells: list[dict[str, Any]]  # run: its folder's name; arm, seed and so on: what it is in this sweep
+    # run: its folder's name; arm, seed and so on: what it is in this sweep; group: of those that share data and budget
+    cells: list[dict[str, Any]]
     listed: str = ""  # of Study
 
 
@@ -72,7 +73,7 @@ def read_study(
 ) -> Study:
     """The runs that folder/sweeps/name.json lists, from their folders and from mirrors; a run found in several places
     counts once. Without that file, the runs of mirrors that were made for this sweep. group: arm -> what names those
-    that must share data and budget.
+    that must share data and budget, if the file does not say.
 
     ValueError if there is neither, or if no run has finished.
     """
@@ -191,7 +192,7 @@ def _set_apart(rows: list[dict[str, Any]], group: Callable[[str], str]) -> None:
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["outcome"] == "finished":
-                alike = {"code": "", "own_files": row["arm"]}.get(key, group(row["arm"]))
+                alike = {"code": "", "own_files": row["arm"]}.get(key, row.get("group") or group(row["arm"]))
                 groups.setdefault(alike, []).append(row)
         for finished in groups.values():
             kept = Counter(shared(row, key) for row in finished).most_common(1)[0][0]  # of equally many, the first

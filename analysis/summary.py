@@ -16,7 +16,7 @@ from analysis.additive_model import (
     residual_deviations,
     settled,
 )
-from analysis.arms import described, references, timed_against
+from analysis.arms import described, group_of, references, timed_against
 from analysis.dunnett import seeds_to_separate
 from analysis.statistics import mean_and_deviation
 from analysis.variation import floor_of_means
@@ -91,9 +91,18 @@ def model_of(
     """arm + seed over the table; with groups, whose text or budget differ, a seed is another one in each of them.
     apart: of fit."""
     seeds = counted["seed"].astype(str)
-    if asked.get("groups"):
-        seeds = seeds + " of " + pd.Series([arms[arm].place for arm in counted["arm"]], index=counted.index)
+    if asked.get("groups") or "group_of" in asked:
+        seeds = seeds + " of " + pd.Series([group_of(arms[arm], asked) for arm in counted["arm"]], index=counted.index)
     return fit(counted["arm"].to_numpy(), seeds.to_numpy(), counted[column].to_numpy(), apart)
+
+
+def within_groups(frame: pd.DataFrame, asked: dict[str, Any]) -> list[str]:
+    """Lines on which arms share text and budget, if the sweep's record has several; else []."""
+    found: dict[str, list[str]] = {}
+    for arm, group in asked.get("group_of", {}).items():
+        found.setdefault(group, []).append(frame.loc[frame["arm"] == arm, "label"].iloc[0])
+    lines = ["compared only with others of the same text, dictionary and token budget, as this sweep has several:"]
+    return lines * bool(found) + [f"  {'; '.join(labels)}" for labels in found.values()]
 
 
 def further_pairs(model: AdditiveModel, arms: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -70,10 +70,14 @@ def reference_of(frame: pd.DataFrame, column: str = "reference_arm") -> str:
 
     column: timed_arm is to whose loss time is counted."""
     references = frame.loc[frame["arm"].isin(frame[column])]
-    first = (references if len(references) else frame).to_dict("records")[0]
-    if len(references) < 2:
-        return first["label"]
-    return first["label"].removesuffix(", " + first["place"].replace("_", " "))
+    references = references if len(references) else frame  # each arm beside itself alone
+    if len(references) == 1:
+        return references["label"].iloc[0]
+    methods = [
+        label.removesuffix(", " + place.replace("_", " "))
+        for label, place in zip(references["label"], references["place"])
+    ]
+    return " or ".join(dict.fromkeys(methods))
 
 
 def result(frame: pd.DataFrame, form: str) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
@@ -46,6 +47,21 @@ def require_apart(planned: Sequence[Planned], compose: Composer) -> None:
     remedy = f"to name an arm for each add {shlex.quote(name)}" if name else remedy
     twice = f"{arm} would have seed {seed} twice, with {first} and with {second}"
     raise ValueError(f"{twice}, and a report takes a seed of an arm once; {remedy}")
+
+
+def groups_of(cells: dict[Cell, Planned]) -> dict[str, str]:
+    """arm -> what names its text and token budget, where one call asks for several: a report compares arms within each.
+    {} unless each arm has one, and each of them several arms or all of them one, as in a grid over dictionaries, texts
+    or steps: an arm that alone differs from the rest is no group. Trials are left out."""
+    of_arm: dict[str, set[str]] = {}
+    for (arm, _, _), job in cells.items():
+        if job.run and job.run.settings.trial is None:
+            data, train = job.run.settings.data, job.run.settings.train
+            budget = train.steps * train.batch_size * data.sequence_length
+            of_arm.setdefault(arm, set()).add(f"{job.run.prepared.fingerprint[:12]}, {budget} tokens")
+    arms = Counter(group for groups in of_arm.values() for group in groups)
+    crossed = len(arms) > 1 and arms.total() == len(of_arm) and (1 not in arms.values() or set(arms.values()) == {1})
+    return {arm: groups.pop() for arm, groups in of_arm.items()} if crossed else {}
 
 
 def several(cells: Iterable[Cell]) -> list[tuple[str, int]]:

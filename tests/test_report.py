@@ -117,6 +117,75 @@ def test_the_table_holds_means_and_paired_differences(whole, tmp_path):
     )
 
 
+def write_grid(runs: Path, methods: dict[str, float], recorded=True) -> list[Path]:
+    """Each method with byte pairs and with words, three seeds; words cost 2 nats more a token, and a half more a seed.
+    recorded: as the launcher records a call that asks for both."""
+    folders, cells = [], []
+    for text, more, by_seed in (("bpe", 0.0, 0.1), ("words", 2.0, 0.5)):
+        for arm, ce in methods.items():
+            for seed in range(3):
+                wobble = 0.004 * (-1) ** seed * (arm != "dense")
+                unigram = {"val/unigram_entropy": UNIGRAM + more}
+                loss = ce + more + by_seed * seed + wobble
+                folders.append(write_run(runs, f"{arm}_{text}", seed, loss, fingerprint=text, **unigram))
+                cells.append({"arm": f"{arm}_{text}", "seed": seed, "run": folders[-1].name, "group": text})
+    write_sweep(runs, folders, "mine")
+    path = runs / "sweeps" / "mine.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"cells": cells} if recorded else {})))
+    return folders
+
+
+def test_arms_of_several_texts_that_one_call_asked_for_are_each_compared_within_their_own(tmp_path):
+    """mine is a method that style.yaml does not know."""
+    runs = tmp_path / "runs"
+    write_grid(runs, {"switch": 5.31, "mine": 5.20, "dense": 5.30})
+    printed = report("mine", runs, tmp_path / "results")
+    frame = table_of(tmp_path, "mine")
+    assert "\n18 of 18 runs are counted\n" in printed and "other data" not in printed
+    assert [*frame["reference_arm"].fillna("")] == ["dense_bpe", "dense_bpe", "", "dense_words", "dense_words", ""]
+    for text in ("bpe", "words"):  # the wobble is 0.004 less a third of it
+        assert frame.loc[f"switch_{text}", "difference_mean"] == pytest.approx(0.01 + 0.004 / 3)
+        assert frame.loc[f"mine_{text}", "difference_mean"] == pytest.approx(-0.1 + 0.004 / 3)
+        assert frame.loc[f"mine_{text}", "p"] < 1e-4  # a seed of one text is no seed of the other
+    assert "difference to Dense  " in printed and "png, figure.pdf: differences to the reference" in printed
+    groups = "\n  Switch, bpe; mine bpe; Dense, bpe\n  Switch, words; mine words; Dense, words\n"
+    assert f"compared only with others of the same text, dictionary and token budget{groups}" in printed.replace(
+        ", as this sweep has several:", ""
+    )
+    folder = tmp_path / "results" / "smoke" / "mine"
+    before = {name: (folder / name).read_text() for name in ("table.md", "table.csv", "table.tex")}
+    write_tables(folder, load("style"))
+    assert before == {name: (folder / name).read_text() for name in before}
+
+
+def test_a_run_of_another_text_than_its_group_or_than_all_where_none_was_asked_for_is_in_no_mean(tmp_path):
+    runs = tmp_path / "runs"
+    folders = write_grid(runs, {"dense": 5.30, "switch": 5.31})
+    for folder, change in ((folders[5], {"data_fingerprint": "words"}), (folders[9], {"token_budget": 7})):
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | change))
+    printed = report("mine", runs, tmp_path / "results")
+    assert "\n10 of 12 runs are counted; in no mean:\n" in printed
+    assert f"\n  {folders[5].name}: other data (words, not bpe)\n" in printed
+    assert f"\n  {folders[9].name}: other token budget (7, not 409600)\n" in printed
+    assert list(table_of(tmp_path, "mine")["n"]) == [3, 2, 3, 2]
+    write_grid(tmp_path / "unasked", {"dense": 5.30, "switch": 5.31}, recorded=False)
+    printed = report("mine", tmp_path / "unasked", tmp_path / "results")
+    assert printed.count(": other data (words, not bpe)\n") == 6 and "6 of 12 runs are counted" in printed
+
+
+def test_one_method_on_several_texts_has_figures_of_each_and_no_differences(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, folder, name: drawn.append(figure))
+    write_grid(tmp_path / "runs", {"dense": 5.30})
+    printed = report("mine", tmp_path / "runs", tmp_path / "results")
+    assert "\n6 of 6 runs are counted\n" in printed and "is better than Dense;" in printed
+    assert table_of(tmp_path, "mine")["difference_mean"].isna().all()
+    (axes,) = drawn[0].axes  # curves, with no panel of differences, and what guessing gives on each text
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert levels == [UNIGRAM, UNIGRAM + 2.0]
+
+
 def test_runs_that_shared_their_gpu_are_counted_under_the_speeds(whole, tmp_path):
     assert "shared their GPU" not in report("quickstart", whole, tmp_path / "results")
     for folder, jobs in zip(sorted(whole.glob("switch-*")), (1, 2, 12)):

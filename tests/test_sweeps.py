@@ -6,9 +6,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, compose_config
@@ -19,7 +21,7 @@ from analysis.report import explained, report
 from analysis.runs import read_study
 from data.prepare import NotPrepared
 from sweeps import dry_run
-from sweeps.cells import cells_of, require_apart
+from sweeps.cells import cells_of, groups_of, require_apart
 from sweeps.composing import jobs_of
 from sweeps.estimate import Pace, cost
 from sweeps.overview import overview
@@ -75,6 +77,51 @@ def test_each_sweep_composes_to_its_stated_jobs_at_every_scale_and_all_pass_pref
     assert stated_jobs(sweep, scale) == arms * len(seeds)
     labels = {(job.settings.arm, provisional_id(job.settings)) for job in plan.jobs if job.settings}
     assert len(labels) == len(runs) == len({arm for arm, _ in labels}) or sweep == "finetune"  # a label an arm
+    assert len({*groups(plan).values()}) == {"dictionary": 4, "horizon": 3}.get(sweep, 0)
+
+
+def groups(plan: Plan) -> dict[str, str]:
+    """As they are once the text is prepared, of which corpus and tokenizer tell here."""
+    for job in plan.jobs:
+        if job.settings:
+            text = zlib.crc32(repr((job.settings.data.corpus, job.settings.tokenizer)).encode())
+            prepared = SimpleNamespace(fingerprint=f"{text:08x}")
+            job.run = SimpleNamespace(settings=job.settings, prepared=prepared, folder=Path(job.name))  # type: ignore[assignment]
+    return groups_of(cells_of(plan.jobs))
+
+
+GRIDS = [  # words, and the arms of each text and budget
+    (
+        "router=dense,switch tokenizer=bpe,words seed=0,1",
+        [["dense_bpe", "switch_bpe"], ["dense_words", "switch_words"]],
+    ),
+    ("router=dense tokenizer=bpe,words", [["dense_bpe"], ["dense_words"]]),
+    ("router=dense,switch train.steps=3,6", [["dense_3", "switch_3"], ["dense_6", "switch_6"]]),
+    ("router=dense,switch train.horizon=1,2", [["dense_1", "switch_1"], ["dense_2", "switch_2"]]),
+    (
+        "router=dense,switch tokenizer=bpe,words data.vocab_size=300,400",  # words are the same whatever that is
+        [
+            ["dense_bpe_300", "switch_bpe_300"],
+            ["dense_bpe_400", "switch_bpe_400"],
+            ["dense_words_300", "dense_words_400", "switch_words_300", "switch_words_400"],
+        ],
+    ),
+    ("router=dense,switch seed=0,1", []),
+    ('router=dense,switch,base train.steps="2${if_routed:0}"', []),  # dense alone has fewer
+    ("router=dense,switch train.steps=${seed} seed=3,4", []),  # each arm has several
+    ("sweeps=tune router=dense,switch tokenizer=bpe,words", []),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), GRIDS)
+def test_arms_of_one_text_and_budget_are_a_group_where_a_grid_has_several(words, expected, tiny):
+    swept = re.findall(r"(tokenizer|data.vocab_size|train.steps|train.horizon)=[^$\"]", words)
+    ends = [f"${{{key}}}".replace("{tokenizer}", "{hydra:runtime.choices.tokenizer}") for key in swept]
+    label = f"arm={'_'.join(['${hydra:runtime.choices.router}', *ends])}"
+    found: dict[str, list[str]] = {}
+    for arm, group in groups(planned(*tiny, *words.split(), label)).items():
+        found.setdefault(group, []).append(arm)
+    assert sorted(map(sorted, found.values())) == expected
 
 
 def header(sweep: str) -> str:
@@ -181,6 +228,19 @@ def test_a_label_is_the_sweeps_and_a_run_is_found_under_another_ones(tiny, tmp_p
     assert record["cells"][0]["run"].startswith("small-s0-")
     study = read_study("modules", tmp_path / "runs")
     assert list(study.runs["arm"]) == ["hash_balanced_4", "hash_balanced_8"]
+
+
+def test_a_sweep_of_ones_own_over_two_dictionaries_has_all_its_runs_in_its_table(tiny, tmp_path):
+    words = ["-m", *tiny, "train.steps=2", "train.warmup_steps=0", "router=dense,hash_balanced", "tokenizer=bpe,bytes"]
+    refused = run_py(*words, "sweep=mine", cwd=tmp_path)
+    (added,) = shlex.split(refused.stderr.partition("to name an arm for each add ")[2])
+    done = run_py(*words, "sweep=mine", added, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    printed = report("mine", tmp_path / "runs", tmp_path / "results")
+    assert "4 of 4 runs are counted" in printed
+    table = pd.read_csv(tmp_path / "results" / "smoke" / "mine" / "table.csv").set_index("arm")["reference_arm"]
+    assert dict(table.dropna()) == {"hash_balanced_bpe": "dense_bpe", "hash_balanced_bytes": "dense_bytes"}
+    assert "to Dense, bpe or Dense, bytes" in explained("mine", tmp_path / "runs", tmp_path / "results")
 
 
 ROUTED = '"${hydra:runtime.choices.router}${if_routed:'  # of a label that a dense run has without what follows

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sweeps import dry_run
-from sweeps.cells import cells_of, require_apart
+from sweeps.cells import cells_of, groups_of, require_apart
 from sweeps.composing import Composer
 from sweeps.job_queue import Queue
 from sweeps.plan import Plan, Planned, jobs_to_run
@@ -96,11 +96,13 @@ def record(planned: Sequence[Planned]) -> None:
     """Writes <runs>/sweeps/<name>.json: which runs the sweep compares, under which arm's label and seed, and which were
     made for these to start from. Trials of further arms are added to those that are there; a list of other runs becomes
     <name>.<its scale>.json."""
-    cells = []
-    for (arm, seed, name), job in cells_of(planned).items():
+    compared, cells = cells_of(planned), []
+    groups = groups_of(compared)
+    for (arm, seed, name), job in compared.items():
         assert job.settings is not None
         drawn = {"table_seed": job.settings.table_seed, "repeat": job.settings.repeat}
         cells.append({"arm": arm, "seed": seed, "run": name} | drawn | described(job.settings))
+        cells[-1] |= {"group": groups[arm]} if groups else {}
     settings, folder = next((job.settings, job.run.folder) for job in planned if job.settings and job.run)
     name = settings.sweep or "sweep"
     path = folder.parent / "sweeps" / f"{name}.json"
