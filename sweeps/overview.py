@@ -1,6 +1,7 @@
 """All sweeps: how many jobs each has, how they stand, and the time that is still needed."""
 
 import functools
+import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from sweeps.dry_run import counted
 from sweeps.estimate import Pace, cost
 from sweeps.job import duration
 from sweeps.plan import Plan, states
+from sweeps.standing import standing
 from training.build import find_data
 from training.compose import ROOT, composed
 from training.identity import provisional_id
@@ -73,6 +75,18 @@ def pace_of(runs: str) -> Pace:
     return Pace(Path(runs))
 
 
+def recorded(runs: Path, scale: str) -> list[Standing]:
+    """Sweeps of one's own, of this scale: what their records list, with no estimate of what is not done."""
+    found = []
+    for path in sorted((runs / "sweeps").glob("*.json")):
+        record = json.loads(path.read_text())
+        shipped = (ROOT / "sweeps" / f"{path.stem}.yaml").exists()
+        if (record["sweep"], record["scale"]) == (path.stem, scale) and not shipped:  # and no earlier list, NAME.SCALE
+            stand = {str(runs / run): standing(runs / run) for run in record["runs"]}
+            found.append(Standing(path.stem, {run: (s, 0.0 if s == "done" else None) for run, s in stand.items()}, []))
+    return found
+
+
 def row(name: str, runs: dict[str, tuple[str, float | None]]) -> list[str | int]:
     states = Counter(state for state, _ in runs.values())
     needed = sum(seconds or 0.0 for _, seconds in runs.values())
@@ -82,9 +96,9 @@ def row(name: str, runs: dict[str, tuple[str, float | None]]) -> list[str | int]
 
 
 def overview(words: list[str], names: Sequence[str] = ()) -> str:
-    """The table of all sweeps, or of these. words: overrides for every one (scale=small). A run that several sweeps
-    need counts once in the last row. Composing takes the time; it is shared out over the cores. ValueError for a word
-    that no sweep takes, and for one that names a sweep."""
+    """The table of all sweeps, or of these, and of one's own. words: overrides for every one (scale=small). A run that
+    several sweeps need counts once in the last row. Composing takes the time; it is shared out over the cores.
+    ValueError for a word that no sweep takes, and for one that names a sweep."""
     if named := [word for word in words if word.lstrip("+").partition("=")[0] == "sweeps"]:
         raise ValueError(f"{named[0]} names one sweep, where all are counted; dry_run=true counts the jobs of one")
     names = names or sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -97,13 +111,19 @@ def overview(words: list[str], names: Sequence[str] = ()) -> str:
         backwards, terminal = list(reversed(names)), Console(stderr=True)  # tune, the longest, first
         found, quiet = pool.map(standing_of, backwards, [words] * len(names)), not terminal.is_terminal
         every = list(track(found, "counting jobs", len(names), console=terminal, transient=True, disable=quiet))[::-1]
+    config, chosen = composed([]), HydraConfig.get().runtime.choices
+    of = {"scale": config.scale, "data": chosen["data"], "runs": config.runs}
+    of |= {key: value for key, _, value in (word.partition("=") for word in words) if key in of}
+    own = recorded(Path(of["runs"]).expanduser().absolute(), of["scale"])
+    every += own
     together = {run: state for each in every for run, state in each.runs.items()}
     rows = [*(row(each.name, each.runs) for each in every), row("all, shared runs once", together)]
     headers = ["sweep", "jobs", *STATES, "time needed"]
     table = tabulate(rows, headers, colalign=("left", *["right"] * 6), disable_numparse=True)
-    config, chosen = composed([]), HydraConfig.get().runtime.choices
-    of = {"scale": config.scale, "data": chosen["data"], "runs": config.runs}
-    of |= {key: value for key, _, value in (word.partition("=") for word in words) if key in of}
     head = f"Of {' '.join(f'{key}={value}' for key, value in of.items())}; other words count others."
     note = "Time: estimated, of jobs one after the other, without preparing text. dry_run=true tells a sweep's jobs."
+    note += (
+        f"\nAs {of['runs']}/sweeps/ lists them, whatever their text: {', '.join(each.name for each in own)}."
+        * bool(own)
+    )
     return "\n".join([head, table, note, *(line for each in every for line in each.wrong)])

@@ -450,6 +450,29 @@ def test_the_overview_counts_shared_runs_once_and_tells_what_is_done(tiny):
     assert ["all,", "shared", "runs", "once", "7", "0", "0", "1", "6"] in [line[:9] for line in lines]
 
 
+def test_the_overview_lists_sweeps_of_ones_own_as_they_were_recorded(tiny, tmp_path):
+    def record(file: str, sweep: str, scale: str, *runs: str) -> None:
+        (tmp_path / "runs" / "sweeps" / f"{file}.json").write_text(
+            json.dumps({"sweep": sweep, "scale": scale, "runs": runs})
+        )
+
+    shared = next(job.run.folder for job in plan_of("rates", *tiny, "seed=0", data=open_data).jobs if job.run)
+    for name in (shared.name, "mine-s0-00000001"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "result.json").write_text('{"outcome": "finished", "val/ce": 5.0}')
+    (tmp_path / "runs" / "sweeps").mkdir()
+    record("mine", "mine", "smoke", shared.name, "mine-s0-00000001", "mine-s1-00000002")
+    record("mine.smoke", "mine", "smoke", "mine-s0-00000001")  # which mine has replaced
+    record("large", "large", "small", "large-s0-00000003")
+    record("rates", "rates", "smoke", shared.name)
+    said = overview([*tiny, "seed=0"], ["rates"])
+    lines = [line.split() for line in said.splitlines()]
+    assert ["mine", "3", "2", "0", "0", "1", "1", "of", "unknown", "length"] in lines
+    assert ["rates", "2", "1", "0", "0", "1"] in [line[:6] for line in lines]
+    assert ["all,", "shared", "runs", "once", "4", "2", "0", "0", "2"] in [line[:9] for line in lines]
+    assert said.endswith("/sweeps/ lists them, whatever their text: mine.") and "large" not in said
+
+
 def test_the_overview_blames_no_sweep_for_a_word_that_none_takes():
     with pytest.raises(ValueError, match="^data.folder must be a folder that is there; got /nowhere$"):
         overview(["data=wiki", "data.folder=/nowhere"], ["quickstart"])
