@@ -14,12 +14,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sweeps.job import Job, duration
+from sweeps.standing import standing
+from training.folder import Busy
 from training.threads import cores
+
+BUSY = 76  # exit status: another process has the run
 
 
 @dataclass
 class Queue:
-    """Runs jobs in their order, as many at once as there are slots, and prints how they fare."""
+    """Runs jobs in their order, as many at once as there are slots, and prints how they fare. What another process
+    trains is left to it and waited for; should that process end without a result, it is made here."""
 
     jobs: list[Job]
     slots: list[dict[str, str]]  # the environment variables that each gives its jobs, {"CUDA_VISIBLE_DEVICES": "0"}
@@ -31,6 +36,7 @@ class Queue:
         self.waiting = [job for job in self.jobs if job.status is None]
         self.running: dict[Job, ForkServerProcess] = {}
         self.free = list(self.slots)
+        self.elsewhere: set[Job] = set()  # what another process was seen to train
         self.signals: list[int] = []  # SIGINT and SIGTERM received
         self.began = self.said = time.time()
 
@@ -70,14 +76,17 @@ class Queue:
                 job.status = 1
                 self.say(job, job.outcome())
             elif self.free and not self.signals and (job.after is None or job.after.status == 0):
-                self.waiting.remove(job)
-                self.start(job)
+                self.take(job)
         connection.wait([process.sentinel for process in self.running.values()], timeout=0.25)
         for job, process in list(self.running.items()):
             if process.exitcode is not None:
                 send(process, signal.SIGKILL)  # to what it left behind in its group
                 del self.running[job]
                 self.free.append(job.slot)
+                if process.exitcode == BUSY:  # another one began it just before
+                    job.began = 0.0
+                    self.waiting.insert(0, job)
+                    continue
                 job.status, job.seconds = process.exitcode, time.time() - job.began
                 self.say(job, job.outcome())
             elif 0 < job.kill_at < time.time():
@@ -88,6 +97,20 @@ class Queue:
         if time.time() - self.said > max(15, (time.time() - self.began) / 20):  # ever more rarely
             self.said = time.time()
             print("\n".join(self.progress()), flush=True)
+
+    def take(self, job: Job) -> None:
+        """Starts it, unless another process trains it, or has made it meanwhile."""
+        if standing(job.folder) == "running":
+            if job not in self.elsewhere:
+                self.elsewhere.add(job)
+                self.say(job, "is being trained by another process: waits for that")
+            return
+        self.waiting.remove(job)
+        if result := job.result():
+            job.status, job.seconds = int(result["outcome"] != "finished"), result["seconds"]
+            self.say(job, f"{job.outcome()} (by another process)")
+        else:
+            self.start(job)
 
     def start(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +145,8 @@ class Queue:
         for job in self.jobs:
             if job.status:
                 print(f"  {job.folder.name} {job.outcome()}\n    {job.folder / 'console.log'}")
+            elif job.status is None and job in self.elsewhere:
+                print(f"  {job.folder.name} is left to another process")
         if finished == total:
             return 0
         print("The same command again goes on from here; what is finished is not repeated.")
@@ -139,7 +164,8 @@ def send(process: ForkServerProcess, number: int) -> bool:
 
 
 def child(target: Callable[[DictConfig], int], job: Job, grace_seconds: float) -> None:
-    """What a job's process does: a session of its own, its output into console.log, then the target."""
+    """What a job's process does: a session of its own, its output into console.log, then the target. If another
+    process has the run, it writes nothing there."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with_launcher, args=(grace_seconds,), daemon=True).start()
@@ -147,7 +173,10 @@ def child(target: Callable[[DictConfig], int], job: Job, grace_seconds: float) -
     sys.stdout = open(job.folder / "console.log", "a", buffering=1)  # by lines: a killed job loses none
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
-    sys.exit(target(job.config))
+    try:
+        sys.exit(target(job.config))
+    except Busy:
+        sys.exit(BUSY)
 
 
 def end_with_launcher(grace_seconds: float) -> None:

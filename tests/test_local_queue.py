@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from sweeps.job import Job, duration
 from sweeps.job_queue import Queue
 from training import threads
+from training.folder import Busy, held
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED_BY = os.getpid()
@@ -60,6 +61,10 @@ def behave(cfg: DictConfig) -> int:
         case "save":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
             time.sleep(600)
+        case "busy_at_first":
+            if not (folder / "tried").exists():
+                (folder / "tried").touch()
+                raise Busy("another process is working on it")
         case "orphan":
             subprocess.Popen(["sleep", "600"])
     time.sleep(0.2)
@@ -189,6 +194,48 @@ def test_what_a_job_leaves_running_is_ended_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("QUEUE_TEST", str(tmp_path))
     assert call(tmp_path, 1, "orphan").returncode == 0
     wait_until(lambda: not alive(f"QUEUE_TEST={tmp_path}"))
+
+
+FINISHED = '{"outcome": "finished", "val/ce": 5.307, "tokens_per_second": 31400.0, "seconds": 60}'
+
+
+@pytest.mark.parametrize("ends", ["finished", "diverged", "dead", "never"])
+def test_a_run_that_another_process_trains_is_waited_for_and_its_files_are_left_alone(tmp_path, ends):
+    shared, own = tmp_path / "0-ok", tmp_path / "1-ok"
+    with held(shared):
+        for name in ("console.log", "error.txt"):
+            (shared / name).write_text("the other's\n")
+        before = {path.name: path.read_bytes() for path in shared.iterdir()}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        arguments = command(tmp_path, 1, "ok", "ok")
+        launcher = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_until((own / "result.json").exists)
+        assert {path.name: path.read_bytes() for path in shared.iterdir()} == before
+        if ends == "never":
+            launcher.send_signal(signal.SIGINT)
+            launcher.wait(60)
+        if ends in ("finished", "diverged"):
+            (shared / "result.json").write_text(FINISHED.replace("finished", ends).replace("{", '{"step": 7, '))
+    printed, said = launcher.communicate(timeout=60)
+    assert said == "" and printed.count("0-ok is being trained by another process: waits for that\n") == 1
+    assert launcher.returncode == {"finished": 0, "dead": 0, "diverged": 1, "never": 130}[ends]
+    assert (shared / "facts.json").exists() == (ends == "dead")
+    line = {
+        "finished": "0-ok finished in 60 s: validation ce 5.31, 31.4k tokens/s (by another process)\n",
+        "diverged": "0-ok diverged at step 7 after 60 s (by another process)\n",
+        "dead": "0-ok finished in 0 s",
+        "never": "1 of 2 jobs are finished",
+    }[ends]
+    assert line in printed and "failed" not in printed
+    assert ("0-ok is left to another process\n" in printed) == (ends == "never")
+
+
+def test_a_job_whose_run_another_process_begins_first_writes_nothing_and_is_tried_again(tmp_path):
+    done = call(tmp_path, 1, "busy_at_first")
+    assert done.returncode == 0 and done.stderr == "" and "failed" not in done.stdout
+    assert (tmp_path / "0-busy_at_first" / "console.log").read_text() == "this is busy_at_first\n" * 2
 
 
 def facts_written(folder: Path) -> list[Path]:

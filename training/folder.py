@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 WEIGHTS = ("best.safetensors", "model.safetensors")  # of a checkpoint; with early stopping the best ones count
 
 
+class Busy(ValueError):
+    """Another process works on the run."""
+
+
 def is_finished(folder: Path) -> bool:
     """result.json is there, which is written last."""
     return (folder / "result.json").exists()
@@ -46,7 +50,7 @@ def sync(path: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """Make the folder, hold its lock (which ends with the process) and try a real save in it.
 
-    Raises ValueError if the folder cannot be made or written, or if another process works on it.
+    Raises ValueError if the folder cannot be made or written, and Busy if another process works on it.
     """
     probe, written = folder / "probe.safetensors", torch.arange(2**17)  # 1 MiB
     with ExitStack() as stack:
@@ -57,7 +61,7 @@ def held(folder: Path) -> Iterator[None]:
             same = torch.equal(load_file(probe)["probe"], written)
             probe.unlink()
         except BlockingIOError as error:
-            raise ValueError(f"another process is working on {folder}") from error
+            raise Busy(f"another process is working on {folder}") from error
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot write to the run folder {folder}: {error}") from error
         if not same:
