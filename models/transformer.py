@@ -90,7 +90,9 @@ class Transformer(nn.Module):
                 inserted = settings.placement == "insert"
                 return FeedForward(make_experts(1, settings.d_ff) if inserted else plain())
             router = make_router(layer)
-            assert settings.sparse_in == "decoder" or not router.uses_prediction, "only a decoder's tokens have one"
+            if router.uses_prediction and settings.sparse_in == "encoder":
+                rule = "must be decoder for a router that reads predictions of the next token"
+                raise ValueError(f"model.sparse_in {rule}; got encoder")
             seen = router.experts_per_token // router.segments + num_shared
             if settings.d_ff % (8 * seen):
                 rule = f"must split into {seen} experts of a width that is a multiple of 8"

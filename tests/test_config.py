@@ -88,6 +88,10 @@ BAD = [
     ("data.source_length=16", "data.source_length must be null for a decoder-only model"),
     ("router.capacity_factor=-1", "router.capacity_factor must be above 0"),
     ("+data.folder=/nowhere", "data.folder must be a folder that is there; got /nowhere"),
+    (
+        "model.dispatch=fused device=cpu",
+        "model.dispatch=fused needs bf16 on a Hopper GPU, and Triton; got torch.float32",
+    ),
     ("data.packing=tight", "data.packing must be one of stream, documents; got tight"),
     ("data.vocab_size=20", "data.vocab_size must be at least 258, for 256 bytes and 2 special ids; got 20"),
     ("tokenizer.file=/nowhere", "tokenizer.file=/nowhere: /nowhere is no dictionary that can be read"),
@@ -99,7 +103,7 @@ BAD = [
 @pytest.mark.parametrize(("word", "message"), BAD)
 def test_bad_settings_end_with_one_line_that_names_the_rule(word, message, tiny):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        read(compose_config("router=switch", *tiny, word))
+        read(compose_config("router=switch", *tiny, *word.split()))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -156,6 +160,25 @@ def test_run_py_ends_in_one_line_before_any_work(words, names, tiny, tmp_path, r
     assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert names in said
     assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+
+SIZES = [  # which neither the router alone nor the model alone can refuse
+    ("router=hash_multi router.num_hashes=5", "experts.segments must be at least 1 and divide model.d_model"),
+    ("router=top_k_softmax router.k=3", "model.d_ff must split into 3 experts of a width that is a multiple of 8"),
+    ("router=switch experts.num_shared=4", "model.d_ff must split into 5 experts of a width that is a multiple of 8"),
+    ("router=switch experts=segmented +router.num_hashes=2", "switch.Switch has no option num_hashes"),
+    ("router=hash_multi experts=independent", "experts.segments must be as many as the router asks for"),
+    ("router=dense_inserted experts.sublayers=0", "experts.sublayers must be at least 1; got 0"),
+]
+
+
+@pytest.mark.parametrize("way", [[], ["-m"], ["dry_run=true"], ["-m", "dry_run=true"]])
+@pytest.mark.parametrize(("words", "rule"), SIZES)
+def test_sizes_that_do_not_fit_the_router_are_refused_before_any_work(words, rule, way, tiny, tmp_path, run_here):
+    status, printed, said = run_here(*way, *tiny, *words.split())
+    lines = (printed + said).splitlines()
+    assert status == 2 and len(lines) == 1 and rule in lines[0]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_full_disk_ends_in_one_line(tiny, tmp_path):

@@ -24,7 +24,7 @@ from training.build import open_data, source_length
 from training.folder import held, is_finished, write_atomically
 from training.identity import digest_of
 from training.loop import Diverged, Interrupted, Trainer, stop_requests
-from training.preflight import check_routers, read
+from training.preflight import check_model, read
 from training.provenance import require_same_files
 from training.recorder import Recorder
 from training.run import Run
@@ -54,7 +54,7 @@ def open_run(
     source_length(settings, prepared)  # which dialogues do not take
     if settings.train.init_from is not None:
         require_same_positions(settings, prepared, planned)
-    check_routers(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
+    check_model(settings, prepared.vocab_size)  # a dictionary of words has its size from the text
     length, packing = settings.data.sequence_length, settings.data.packing
     splits = {name: open_split(prepared, name, length, packing) for name in SPLITS}
     if settings.train.epochs is not None:

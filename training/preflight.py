@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.source import length_of_source
-from training.build import make_dictionary, make_router
+from models.dispatch import choose_path
+from training.build import choose_device, make_dictionary, outline, precision
 from training.settings import Settings
 from training.start import check_start, differences, find_baseline
 from training.targets import PACKAGES, check_targets, one_line, target
@@ -38,6 +39,10 @@ def read(config: DictConfig | dict[str, Any], planned: Sequence[Settings] = ()) 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU")
     settings.model.scaled().check()
+    device = choose_device(settings)
+    if device.type == "cpu":  # of a GPU the job finds out, for asking it would start CUDA here
+        dtype = torch.bfloat16 if precision(settings, device) == "bf16" else torch.float32
+        choose_path(settings.model.dispatch, device, dtype)
     _check_encoder(settings)
     target(settings.data.corpus, place="data.corpus")
     experts = {key: value for key, value in settings.experts.items() if key != "num_shared"}
@@ -46,7 +51,7 @@ def read(config: DictConfig | dict[str, Any], planned: Sequence[Settings] = ()) 
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(f"experts.num_shared must be a whole number of at least 0; got {shared}")
     vocab_size = make_dictionary(settings.tokenizer).size()
-    check_routers(settings, vocab_size, find_baseline(settings, planned))
+    check_model(settings, vocab_size, find_baseline(settings, planned))
     check_start(settings, planned)
     return settings
 
@@ -81,7 +86,7 @@ def read_like(
     _check_rules(settings, "")
     baseline = find_baseline(settings, planned)
     if options - {".router.baseline"}:
-        check_routers(settings, make_dictionary(settings.tokenizer).size(), baseline)
+        check_model(settings, make_dictionary(settings.tokenizer).size(), baseline)
     check_start(settings, planned)
     return settings
 
@@ -103,27 +108,21 @@ def _check_encoder(settings: Settings) -> None:
         raise ValueError(f"data.source_length {rule}; got {source}")
 
 
-def check_routers(settings: Settings, vocab_size: int | None, first: dict[str, Any] | None = None) -> None:
-    """Every layer's router takes its options. vocab_size: None while the text has not said how large a dictionary is;
-    then what depends on it is to be checked again. first: the settings of the run that router.baseline names."""
-    if settings.router.get("_target_") is None or (vocab_size is None and settings.router.get("file")):
+def check_model(settings: Settings, vocab_size: int | None, first: dict[str, Any] | None = None) -> None:
+    """Every layer's router takes its options, and all sizes fit: the model is made, without values. vocab_size: None
+    while the text has not said how large a dictionary is; then what depends on it is to be checked again. first: the
+    settings of the run that router.baseline names."""
+    routed = settings.router.get("_target_") is not None
+    if routed and vocab_size is None and settings.router.get("file"):
         return
-    if vocab_size is not None and settings.num_experts > vocab_size:
+    if routed and vocab_size is not None and settings.num_experts > vocab_size:
         raise ValueError(f"num_experts must be at most the dictionary's {vocab_size:,}; got {settings.num_experts}")
-    stand_in = torch.nn.Identity() if settings.router.get("baseline") else None
-    counts = torch.ones(vocab_size or max(settings.num_experts, 258), dtype=torch.int64)
-    for layer in settings.model.sparse_layers:
-        router = make_router(settings, layer, counts, baseline=stand_in)
-        wanted, segments = router.segments, settings.experts.get("segments", 1)
-        if wanted != segments:
-            rule = f"must be as many as the router asks for (experts=segmented): {wanted}"
-            raise ValueError(f"experts.segments {rule}; got {segments}")
+    source = length_of_source(settings.data.source_length, settings.data.sequence_length, of_dialogues=False)
+    model = outline(settings, vocab_size or max(settings.num_experts, 258), source)
+    for layer, router in model.routers.items():
         if router.imitates and first is not None and not _routed(first, layer, settings.num_experts):
             wanted = f"a routed layer {layer} with {settings.num_experts} experts"
             raise ValueError(f"router.baseline must be a run with {wanted}; got {settings.router['baseline']}")
-        if router.uses_prediction and settings.model.sparse_in == "encoder":
-            rule = "must be decoder for a router that reads predictions of the next token"
-            raise ValueError(f"model.sparse_in {rule}; got encoder")
 
 
 def _routed(run: dict[str, Any], layer: int, num_experts: int) -> bool:
