@@ -61,16 +61,16 @@ class StandardLibrary:
     def __post_init__(self):
         self.shares = checked_shares(self.validation_share, self.test_share)
         self.root = Path(sysconfig.get_path("stdlib"))
-        self.files = sorted(path for path in self._walk("") if path.endswith(".py"))
-        if not self.files:
+        self.paths = sorted(path for path in self._walk("") if path.endswith(".py"))
+        if not self.paths:
             raise ValueError(f"the standard library in {self.root} holds no source text")
 
     def digest(self) -> str:
-        return digest_of([self.shares, [(name, file_digest(self.root / name)) for name in self.files]])
+        return digest_of([self.shares, [(name, file_digest(self.root / name)) for name in self.paths]])
 
     def documents(self, split: str) -> Iterator[str]:
         splits: dict[int, str] = {}
-        for name in self.files:
+        for name in self.paths:
             text = (self.root / name).read_bytes().decode()
             if splits.setdefault(hash_of(text_key(text)), draw_split(name, self.shares)) == split:
                 yield text

@@ -18,7 +18,7 @@ import tokenizers
 import torch
 
 from data.corpora import Corpus, Document, segments
-from data.prepare import NotPrepared, Part, Prepared, code_digest, prepare, require_documents
+from data.prepare import NotPrepared, Part, Prepared, code_digest, foresee, prepare, require_documents
 from data.records import digest_of, read_record, write_record
 from data.shards import token_counts
 from data.splits import SPLITS
@@ -104,7 +104,8 @@ def _of_part(name: str) -> Iterator[None]:
     except NotPrepared:
         raise
     except ValueError as error:
-        raise ValueError(f"data.corpus.parts.{name}: {error}") from error
+        own = str(error).replace("data.corpus.", f"data.corpus.parts.{name}.corpus.")
+        raise ValueError(f"data.corpus.parts.{name}: {own}") from error
 
 
 def prepare_mixture(
@@ -140,6 +141,9 @@ def _one_dictionary(
     folder = cache / f"{key[:32]}.dictionary"
     if not build:
         if not (folder / "record.json").exists():
+            for name, corpus in mixture.corpora.items():
+                with _of_part(name):
+                    foresee(corpus)
             raise NotPrepared(f"the mixture is not prepared in {cache}")
         return dataclasses.replace(dictionary, file=str(folder / "tokenizer.json"))  # type: ignore[type-var]
     folder.mkdir(parents=True, exist_ok=True)

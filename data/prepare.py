@@ -57,7 +57,7 @@ def prepare(
     """Open the corpus's folder in `cache`, made first if it is not there or damaged; `say` hears of work only.
 
     Processes may call this at once: one works, the others wait and open what it made. Killed, the next goes on.
-    build=False: nothing is written; NotPrepared if it is not there.
+    build=False: nothing is written; NotPrepared if it is not there, and ValueError if files here leave a split empty.
     ValueError if the corpus cannot be read, is too short or has an empty split, or if the cache cannot be written.
     """
     try:
@@ -67,6 +67,7 @@ def prepare(
         folder = cache / digest_of(key)[:32]
         if not build:
             if not folder.exists():
+                foresee(corpus)
                 raise NotPrepared(f"the corpus is not prepared in {cache}")
             return open_prepared(folder)
         cache.mkdir(parents=True, exist_ok=True)
@@ -158,18 +159,28 @@ def _make_dictionary(
 
 
 def require_documents(corpus: Corpus) -> None:
-    """ValueError, before any work, that names the splits without a document and what divides the corpus."""
+    """ValueError, before any work, that names the splits without a document and what would fill them."""
     empty = [split for split in SPLITS if not any(map(visible, corpus.documents(split)))]
     if not empty:
         return
     counts = {split: sum(map(visible, corpus.documents(split))) for split in SPLITS}
     found = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
-    options = [f"{split}_{kind}" for split in empty for kind in ("files", "share")] + ["document_start"]
-    given = [f"{option}={json.dumps(getattr(corpus, option))}" for option in options if hasattr(corpus, option)]
-    divided = f"; what divides it: {', '.join(given)}" if given else ""
+    ways = {"raise": [f"{s}_share" for s in empty if not getattr(corpus, f"{s}_files", None)]}  # files overrule it
+    ways |= {"name": [f"{split}_files" for split in empty], "give": ["document_start"]}
+    remedies = []
+    for verb, options in ways.items():
+        given = [f"data.corpus.{o}={json.dumps(getattr(corpus, o))}" for o in options if hasattr(corpus, o)]
+        remedies += [f"{verb} {' and '.join(given)}"] if given else []
+    remedy = f"; {', or '.join(remedies)}" if remedies else ""
     names = " and ".join(filter(None, [", ".join(empty[:-1]), empty[-1]]))
     plural = "splits of the corpus are" if len(empty) > 1 else "split of the corpus is"
-    raise ValueError(f"the {names} {plural} empty: it has documents with text: {found}{divided}")
+    raise ValueError(f"the {names} {plural} empty: it has documents with text: {found}{remedy}")
+
+
+def foresee(corpus: Corpus) -> None:
+    """ValueError as require_documents, of files that are here; other corpora would first copy or make their text."""
+    if hasattr(corpus, "paths"):
+        require_documents(corpus)
 
 
 def _described(figures: dict) -> str:

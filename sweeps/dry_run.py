@@ -89,5 +89,6 @@ def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float 
             f"Estimates: memory of tensors, not of Python and libraries; time from {' and '.join(sorted(why))}."
         )
     if any(each.settings and not each.run for each in planned):
-        lines.append("Its text is not prepared yet: ids, and which runs are done, are known when it is.")
+        unknown = "ids, which runs are done, and whether each split holds a window"
+        lines.append(f"Its text is not prepared yet: {unknown}, are known when it is.")
     return "\n".join(lines)

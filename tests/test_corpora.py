@@ -237,7 +237,7 @@ def test_the_standard_library_is_source_text_that_people_wrote(tmp_path, monkeyp
 def test_the_real_standard_library_has_each_file_in_one_split():
     corpus = StandardLibrary(0.03, 0.03)
     sizes = {split: len(list(corpus.documents(split))) for split in SPLITS}
-    assert sum(sizes.values()) == len(corpus.files) and sizes["train"] > 300
+    assert sum(sizes.values()) == len(corpus.paths) and sizes["train"] > 300
     assert min(sizes.values()) > 0
     assert corpus.digest() == StandardLibrary(0.03, 0.03).digest() != StandardLibrary(0.02, 0.03).digest()
 

@@ -195,6 +195,10 @@ WRONG = [
         "data.corpus.parts.a.corpus.validation_share=0",
         "data.corpus.parts.a: the validation split of the corpus is empty",
     ),
+    (
+        "data.corpus.parts.a.corpus.validation_share=0",
+        "; raise data.corpus.parts.a.corpus.validation_share=0.0, or name",
+    ),
 ]
 
 

@@ -366,15 +366,17 @@ def test_files_of_nothing_or_of_one_line_are_no_corpus_of_three_splits(tmp_path)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
-def test_too_few_files_to_divide_are_counted_and_the_options_named(tmp_path):
+@pytest.mark.parametrize("build", [True, False])
+def test_too_few_files_to_divide_are_counted_and_the_options_named(tmp_path, build):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
     corpus = TextFiles(f"{tmp_path}/[01].txt", None, f"{tmp_path}/2.txt", 1e-9, 0.0, None, "text", 0, 0)
     with pytest.raises(ValueError, match="split of the corpus is empty") as error:
-        prepare(corpus, BytePairs(9000, None), tmp_path / "cache", pytest.fail)
+        prepare(corpus, BytePairs(9000, None), tmp_path / "cache", pytest.fail, build=build)
     assert str(error.value) == (
         "the validation split of the corpus is empty: it has documents with text: 2 in train, 0 in validation, "
-        "1 in test; what divides it: validation_files=null, validation_share=1e-09, document_start=null"
+        "1 in test; raise data.corpus.validation_share=1e-09, or name data.corpus.validation_files=null, "
+        "or give data.corpus.document_start=null"
     )
 
 

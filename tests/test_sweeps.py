@@ -395,6 +395,20 @@ def test_a_finished_run_without_the_weights_that_another_needs_is_left(tmp_path)
     assert told() == ["done", "done", "done"]  # nothing needs them any more
 
 
+WAYS = [[], ["-m"], ["dry_run=true"], ["-m", "seed=0,1", "dry_run=true"], ["data=pystdlib", "dry_run=true"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_files_too_few_to_divide_are_refused_by_a_dry_run_too(way, tiny, tmp_path, run_here):
+    words = [*way, *(tiny[2:] if "data=pystdlib" in way else tiny)]
+    words += [f"data.cache={tmp_path}/cache", "data.corpus.validation_share=0"]
+    status, printed, said = run_here(*words)
+    lines = (printed + said).splitlines()
+    assert status == 2 and len(lines) == 1 and "the validation split of the corpus is empty" in lines[0]
+    assert "; raise data.corpus.validation_share=0.0" in lines[0]
+    assert (tmp_path / "cache").exists() == ("dry_run=true" not in way) and not (tmp_path / "runs").exists()
+
+
 def test_a_dry_run_reads_the_finished_runs_once_for_all_jobs(tiny, monkeypatch):
     opened = []
     monkeypatch.setattr(dry_run, "Pace", lambda runs: opened.append(runs) or Pace(runs))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.batches import Batch, evaluation_batches
 from data.mixed_batches import open_split
 from data.mixture import Mixture, prepare_mixture
-from data.prepare import NotPrepared, Prepared, prepare
+from data.prepare import Prepared, prepare
 from data.source import divided, length_of_source, positions
 from data.tokenizer import BEGIN, END, Dictionary
 from models.dispatch import choose_path
@@ -225,16 +225,16 @@ def open_data(settings: Settings) -> Prepared:
 def find_data(settings: Settings) -> Prepared:
     """The run's data, without writing anything. Raises NotPrepared if it is not prepared, ValueError as open_data."""
     found = _found_data(json.dumps(settings.data.corpus), json.dumps(settings.tokenizer), settings.data.cache)
-    if isinstance(found, NotPrepared):
+    if isinstance(found, ValueError):
         raise found
     return found
 
 
 @functools.cache
-def _found_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared | NotPrepared:
+def _found_data(corpus_node: str, tokenizer_node: str, cache: str) -> Prepared | ValueError:
     try:
         return _open_data(corpus_node, tokenizer_node, cache, False)
-    except NotPrepared as error:
+    except ValueError as error:
         return error
 
 
