@@ -10,7 +10,7 @@ from analysis.arms import plural
 from data.prepare import NotPrepared
 from sweeps.estimate import Cost, Pace, cost
 from sweeps.job import duration
-from sweeps.plan import Planned, errors, states
+from sweeps.plan import Planned, errors, merged, states
 from training.build import find_data
 from training.job import open_run
 from training.preflight import read
@@ -82,8 +82,7 @@ def summary(planned: Sequence[Planned], rows: list[list], left: dict[str, float 
         known = [seconds for seconds in left.values() if seconds is not None]
         lines[0] += f" in about {duration(sum(known))} one after the other" if known else ""
         lines[0] += ", and those of unknown length" if 0 < len(known) < len(left) else ""
-    if (valid := sum(each.error == "" for each in planned)) > len(runs):
-        lines.append(f"The grid's {valid} combinations come to these, as some are one and the same run.")
+    lines += merged(sum(each.error == "" for each in planned), len(runs))
     if why:
         lines.append(
             f"Estimates: memory of tensors, not of Python and libraries; time from {' and '.join(sorted(why))}."

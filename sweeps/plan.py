@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from analysis.arms import plural
 from analysis.ledger import beyond
 from data.prepare import NotPrepared, Prepared
 from sweeps.job import Job
@@ -140,6 +141,12 @@ def errors(planned: Sequence[Planned]) -> list[str]:
         lines.append(": ".join(filter(None, [" ".join(apart), "the same" if job.error == before else job.error])))
         before = job.error
     return lines
+
+
+def merged(combinations: int, runs: int) -> list[str]:
+    """The line that says so if a grid has fewer runs than combinations, as of seed=1,1."""
+    some = f"The grid's {combinations} combinations come to {runs} {plural('run', runs)}, as some are one and the same."
+    return [some] if combinations > runs else []
 
 
 def needed(settings: Settings) -> str:

@@ -324,6 +324,7 @@ def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(t
     first = multirun(tmp_path, *sweep)
     assert first.returncode == 0, first.stderr + first.stdout
     assert "2 of 2 jobs are finished" in first.stdout and first.stderr == ""
+    assert first.stdout.count("The grid's 3 combinations come to 2 runs, as some are one and the same.\n") == 1
     runs = json.loads((tmp_path / "runs" / "sweeps" / "sweep.json").read_text())["runs"]
     assert [name.rsplit("-", 1)[0] for name in runs] == ["dense-s0", "dense-s1"]
     assert all((tmp_path / "runs" / name / "result.json").exists() for name in runs)
@@ -331,6 +332,7 @@ def test_a_sweep_makes_equal_jobs_once_records_its_runs_and_does_nothing_twice(t
     assert again.returncode == 0 and "2 of 2 jobs are finished already: skipped" in again.stdout
     assert "started" not in again.stdout and "listed other runs" not in again.stdout
     other = multirun(tmp_path, *sweep, "seed=2").stdout
+    assert "The grid's" not in other
     assert "sweep.json listed other runs: that list is sweep.smoke.json now; sweep=NAME gives" in other
     assert re.search(r"\n  what makes it again: python .*run.py .*seed=0,1,1", other)
     assert json.loads((tmp_path / "runs" / "sweeps" / "sweep.smoke.json").read_text())["runs"] == runs

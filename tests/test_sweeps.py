@@ -425,7 +425,7 @@ def test_a_dry_run_prints_a_run_once_and_knows_no_time_of_epochs_before_the_text
     rows = printed()
     assert "\n4 jobs: 0 done, 4 to make in about" in rows
     assert (
-        "\nThe grid's 6 combinations come to these, as some are" in rows
+        "\nThe grid's 6 combinations come to 4 runs, as some are" in rows
     )  # dense is asked for with each of three sizes
     assert sum(line.startswith("dense ") for line in rows.splitlines()) == 1 and " MB " in rows and "0.0 GB" not in rows
     tokens = 12 * 4 * 32

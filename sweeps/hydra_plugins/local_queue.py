@@ -18,7 +18,7 @@ from sweeps import dry_run
 from sweeps.cells import cells_of, groups_of, require_apart
 from sweeps.composing import Composer
 from sweeps.job_queue import Queue
-from sweeps.plan import Plan, Planned, jobs_to_run
+from sweeps.plan import Plan, Planned, jobs_to_run, merged
 from training.build import find_data, open_data
 from training.folder import write_atomically
 from training.job import run
@@ -60,9 +60,10 @@ class LocalQueue(Launcher):
         jobs = jobs_to_run(plan.jobs)
         record(plan.jobs)
         opened = [job.run for job in plan.jobs if job.run]
-        for line in dict.fromkeys(tuned_elsewhere(each.settings, each.prepared.fingerprint) for each in opened):
-            if line:
-                print(line)
+        lines = merged(len(plan.jobs), len(jobs))
+        lines += dict.fromkeys(tuned_elsewhere(each.settings, each.prepared.fingerprint) for each in opened)
+        for line in filter(None, lines):
+            print(line)
         settings = [job.settings for job in plan.jobs if job.settings]
         slots = self.slots(settings[0].device, cores() if {each.scale for each in settings} == {"smoke"} else 1)
         preload = (*PRELOAD, *(COMPILER if any(job.config.train.compile for job in jobs) else ()))
