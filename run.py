@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from sweeps import dry_run  # noqa: E402
 from training import job  # noqa: E402
 from training.compose import apart  # noqa: E402
+from training.preflight import read  # noqa: E402
 from training.targets import one_line  # noqa: E402
 from training.tuning import settle  # noqa: E402
 
@@ -50,7 +51,12 @@ def composed(config: DictConfig) -> None:
         if name and hydra_config.mode == RunMode.RUN:
             raise ValueError(f"sweeps={name} is of many runs and needs -m: python run.py -m sweeps={name}")
         settle(apart(config), hydra_config.overrides.task)
-        sys.exit(dry_run.report([dry_run.single(config)]) if config.dry_run else job.run(config))
+        settings = read(config)
+        if config.dry_run:
+            sys.exit(dry_run.report([dry_run.single(settings)]))
+        if dry_run.for_gpus(settings) and (line := dry_run.patience([dry_run.single(settings)])):
+            print(line, flush=True)
+        sys.exit(job.run(config))
 
 
 def main() -> None:

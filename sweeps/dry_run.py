@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
 from tabulate import tabulate
 
 from analysis.arms import plural
@@ -11,9 +10,8 @@ from data.prepare import NotPrepared
 from sweeps.estimate import Cost, Pace, cost
 from sweeps.job import duration
 from sweeps.plan import Planned, errors, merged, states
-from training.build import find_data
+from training.build import choose_device, find_data
 from training.job import open_run
-from training.preflight import read
 from training.settings import Settings
 
 HEADERS = ["arm", "seed", "run", "parameters\nactive / total", "GFLOPs\na token", "tokens", "memory", "time", "state"]
@@ -21,9 +19,8 @@ HEADERS = ["arm", "seed", "run", "parameters\nactive / total", "GFLOPs\na token"
 UNKNOWN = "unknown"  # of epochs over a text that is not prepared
 
 
-def single(config: DictConfig) -> Planned:
-    """One run's job. Raises ValueError as preflight does."""
-    settings = read(config)
+def single(settings: Settings) -> Planned:
+    """One run's job. Raises ValueError as open_run does."""
     try:
         return Planned([], None, settings, open_run(settings, open_data=find_data))
     except NotPrepared:
@@ -58,6 +55,25 @@ def report(planned: Sequence[Planned]) -> int:
     for line in invalid:
         print(f"invalid: {line}")
     return 2 if invalid else 0
+
+
+def for_gpus(settings: Settings) -> bool:
+    """It has a scale that is made for a GPU, and goes without one."""
+    return settings.scale != "smoke" and choose_device(settings).type == "cpu"
+
+
+def patience(planned: Sequence[Planned]) -> str:
+    """Of runs as for_gpus says: how long those that are not done will take; "" if all are done."""
+    stand = states(planned)
+    left = {each.name: each for each in planned if not each.run or stand[each.run.folder] != "done"}
+    found = [(each.settings, each.run) for each in left.values() if each.settings]
+    if not found:
+        return ""
+    pace, scales = Pace(Path(found[0][0].runs)), sorted({settings.scale for settings, _ in found})
+    times = [pace.seconds(settings, cost(settings, run))[0] for settings, run in found]
+    known = [seconds for seconds in times if seconds is not None]
+    time = f"about {duration(sum(known))}" if known else "an unknown time"
+    return f"without a GPU scale={','.join(scales)} takes {time} on these cores (scale=smoke is for CPUs)"
 
 
 def counted(settings: Settings) -> str:

@@ -398,6 +398,18 @@ def test_a_finished_run_without_the_weights_that_another_needs_is_left(tmp_path)
 WAYS = [[], ["-m"], ["dry_run=true"], ["-m", "seed=0,1", "dry_run=true"], ["data=pystdlib", "dry_run=true"]]
 
 
+def test_how_long_a_scale_for_gpus_takes_without_one_is_said_first(tiny, tmp_path, run_here):
+    few = [*tiny, "train.compile=false", "train.warmup_steps=0", "train.steps=1", "device=cpu"]
+    assert "without a GPU" not in run_here(*few)[1]
+    line = (
+        "without a GPU scale=small takes about {} on these cores (scale=smoke is for CPUs)\n"  # no run of it is there
+    )
+    assert run_here("scale=small", *few)[1].startswith(line.format("10 s"))
+    assert "without a GPU" not in run_here("scale=small", *few)[1], "it is done"
+    sweep = run_py("-m", "scale=small", "seed=1,2", *few, f"runs={tmp_path}/others", cwd=tmp_path).stdout
+    assert sweep.startswith(line.format("20 s")) and "2 of 2 jobs are finished" in sweep
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_files_too_few_to_divide_are_refused_by_a_dry_run_too(way, tiny, tmp_path, run_here):
     words = [*way, *(tiny[2:] if "data=pystdlib" in way else tiny)]

@@ -459,6 +459,28 @@ def test_a_stop_during_the_final_evaluation_loses_nothing(name, kept, tiny, tmp_
     assert (checkpoint.latest(folder / "checkpoints") is not None) == kept
 
 
+@pytest.mark.parametrize("during", [True, False])
+def test_a_stop_in_the_first_validation_trains_no_step_and_loses_nothing(during, tiny, tmp_path, monkeypatch):
+    words, stop, measured = [*tiny, "router=switch", "record.keep_optimizer=true"], [], session.Session.measure
+
+    def measure_and_stop(self, split, **options):
+        stop.extend([signal.SIGTERM] * during)
+        sums = measured(self, split, **options)
+        assert not during, "a stop does not wait for the end of the first validation"
+        stop.append(signal.SIGTERM)
+        return sums
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "stop_requests", lambda: _entered(stop))
+        patched.setattr(session.Session, "measure", measure_and_stop)
+        patched.setattr(loop.Trainer, "forward_backward", lambda *_: 1 / 0)
+        assert run(compose_config(*words)) == INTERRUPTED
+    assert run(compose_config(*words)) == run(compose_config(*words, f"runs={tmp_path}/whole")) == FINISHED
+    one, other = folder_of(*words), next((tmp_path / "whole").iterdir())
+    assert lines_of(one) == lines_of(other)
+    assert all(torch.equal(value, final_state(other)[key]) for key, value in final_state(one).items())
+
+
 def test_a_run_that_keeps_no_weights_saves_none_at_its_end(tiny, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *_: 1 / 0)
     assert (

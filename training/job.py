@@ -145,13 +145,13 @@ def _outcome(session: Session, recorder: Recorder, stop: list[int]) -> dict[str,
     def watch(split: str, share: float) -> None:
         recorder.watch(f"{split}: {share:.0%} evaluated")
 
-    def validate() -> None:
-        recorder.log(session.validate(watch))
-
     def watch_and_stop(split: str, share: float) -> None:
         if stop:
             raise Interrupted
         watch(split, share)
+
+    def validate() -> None:  # a later one is finished, for going on after its step would leave it out
+        recorder.log(session.validate(watch if progress.step else watch_and_stop))
 
     batches = training_batches(session.run.splits["train"], settings.train.batch_size, settings.seed)
     loop = settings, model, session.losses, session.optimizer, batches, progress

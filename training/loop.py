@@ -23,7 +23,7 @@ Micro = tuple[Batch, dict[int, Plan]]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has left a checkpoint."""
+    """The run was asked to stop and has left a checkpoint, unless it was at step 0."""
 
 
 class Diverged(Exception):
@@ -68,7 +68,7 @@ class Trainer:
         """Train to the last step, or until validations no longer improve. The last step's checkpoint is left out where
         nothing of it would be kept.
 
-        Raises Diverged, and Interrupted (after a checkpoint) once stop is filled.
+        Raises Diverged, and Interrupted (after a checkpoint, but for step 0) once stop is filled.
         """
         options, record, progress = self.settings.train, self.settings.record, self.progress
         periods = record.log_every, record.evaluate_every, record.checkpoint_every
@@ -78,6 +78,8 @@ class Trainer:
         with ThreadPoolExecutor(1) as ahead:
             if progress.step == 0:
                 self.evaluate()
+                if self.stop:
+                    raise Interrupted
             clock, clock_step = time.perf_counter(), progress.step
             upcoming = ahead.submit(self.micro_batches, progress.step)
             while not self.ended():

@@ -61,6 +61,7 @@ class LocalQueue(Launcher):
         record(plan.jobs)
         opened = [job.run for job in plan.jobs if job.run]
         lines = merged(len(plan.jobs), len(jobs))
+        lines.append(dry_run.patience([job for job in plan.jobs if job.settings and dry_run.for_gpus(job.settings)]))
         lines += dict.fromkeys(tuned_elsewhere(each.settings, each.prepared.fingerprint) for each in opened)
         for line in filter(None, lines):
             print(line)
