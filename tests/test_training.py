@@ -143,17 +143,22 @@ def equal_when_stopped(words, tmp_path, every, steps=12):
     words = [*words, f"runs={tmp_path}/stopped"]
 
     class StopAfterSomeSteps(list):
-        def __init__(self):
-            super().__init__()
-            self.asked = 0
+        asked, begun = 0, False
 
         def __bool__(self):
-            self.asked += 1
+            self.asked += self.begun  # the first validation asks, too
             # the loop asks twice a step; the evaluation after it goes on asking, and is let be
             return 2 * every - 1 <= self.asked <= 2 * every
 
+    forward_backward = loop.Trainer.forward_backward
+
+    def begin(trainer, micros):
+        trainer.stop.begun = True
+        return forward_backward(trainer, micros)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(job, "stop_requests", lambda: _entered(StopAfterSomeSteps()))
+        patched.setattr(loop.Trainer, "forward_backward", begin)
         statuses = [run(compose_config(*words)) for _ in range(steps // every)]
     assert statuses == [INTERRUPTED] * (steps // every - 1) + [FINISHED]
     stopped = folder_of(*words)
