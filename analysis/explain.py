@@ -14,7 +14,7 @@ FIGURES = {
     "frequency": "test loss minus the reference's by about a tenth of the text, frequent targets to the left",
     "load": "load of each expert over the mean, the fullest to the left; dotted, the bound of token tables",
     "settling": "share of a validation's assignments, counted by token id, that the one before it made too",
-    "map": "of the most frequent tokens, which share of each went to which expert",
+    "map": "of the most frequent tokens, which share went to which expert; experts by the token that they serve most",
 }
 
 BY_DECILE = """\

@@ -101,7 +101,10 @@ def within_groups(frame: pd.DataFrame, asked: dict[str, Any]) -> list[str]:
     found: dict[str, list[str]] = {}
     for arm, group in asked.get("group_of", {}).items():
         found.setdefault(group, []).append(frame.loc[frame["arm"] == arm, "label"].iloc[0])
-    lines = ["compared only with others of the same text, dictionary and token budget, as this sweep has several:"]
+    lines = [
+        "compared only with others of the same text, dictionary and token budget, as this sweep has several, by the",
+        "  scatter of all of them:",
+    ]
     return lines * bool(found) + [f"  {'; '.join(labels)}" for labels in found.values()]
 
 

@@ -169,7 +169,7 @@ def require_documents(corpus: Corpus) -> None:
     ways |= {"name": [f"{split}_files" for split in empty], "give": ["document_start"]}
     remedies = []
     for verb, options in ways.items():
-        given = [f"data.corpus.{o}={json.dumps(getattr(corpus, o))}" for o in options if hasattr(corpus, o)]
+        given = [f"data.corpus.{o} (now {json.dumps(getattr(corpus, o))})" for o in options if hasattr(corpus, o)]
         remedies += [f"{verb} {' and '.join(given)}"] if given else []
     remedy = f"; {', or '.join(remedies)}" if remedies else ""
     names = " and ".join(filter(None, [", ".join(empty[:-1]), empty[-1]]))

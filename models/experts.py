@@ -89,7 +89,7 @@ class SegmentedExperts(Experts):
     def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str, segments: int, biases: bool = False):
         super().__init__(num_experts, d_model, d_ff, activation, biases)
         if segments < 1 or d_model % (8 * segments) or d_ff % (8 * segments):
-            rule = "must be at least 1 and divide model.d_model and model.d_ff into multiples of 8"
+            rule = "(one to each table) must be at least 1 and divide model.d_model and model.d_ff into multiples of 8"
             raise ValueError(f"experts.segments {rule}; got {segments}, {d_model} and {d_ff}")
         self.segments = segments
         for name, parameter in [(n, p) for n, p in self.named_parameters() if p.dim() > 2]:  # biases are cut in use

@@ -163,7 +163,7 @@ def test_run_py_ends_in_one_line_before_any_work(words, names, tiny, tmp_path, r
 
 
 SIZES = [  # which neither the router alone nor the model alone can refuse
-    ("router=hash_multi router.num_hashes=5", "experts.segments must be at least 1 and divide model.d_model"),
+    ("router=hash_multi router.num_hashes=5", "experts.segments (one to each table) must be at least 1 and"),
     ("router=top_k_softmax router.k=3", "model.d_ff must split into 3 experts of a width that is a multiple of 8"),
     ("router=switch experts.num_shared=4", "model.d_ff must split into 5 experts of a width that is a multiple of 8"),
     ("router=switch experts=segmented +router.num_hashes=2", "switch.Switch has no option num_hashes"),

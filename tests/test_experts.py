@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from conftest import EXPERTS, LENGTH, WIDTH, compose_config, make_site, make_transformer, shaken, some_batch
@@ -276,8 +278,8 @@ def test_a_segmented_expert_without_dispatch_is_the_whole_one(kind):
 
 @pytest.mark.parametrize("segments", [0, 3, 4])
 def test_segments_that_do_not_divide_the_sizes_are_refused(segments):
-    rule = "experts.segments must be at least 1 and divide model.d_model and model.d_ff into multiples of 8; got"
-    with pytest.raises(ValueError, match=f"{rule} {segments}, 16 and 32"):
+    rule = "experts.segments (one to each table) must be at least 1 and divide model.d_model and model.d_ff into"
+    with pytest.raises(ValueError, match=re.escape(f"{rule} multiples of 8; got {segments}, 16 and 32")):
         SegmentedExperts(EXPERTS, WIDTH, F, "relu", segments)
 
 

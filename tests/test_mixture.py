@@ -197,7 +197,7 @@ WRONG = [
     ),
     (
         "data.corpus.parts.a.corpus.validation_share=0",
-        "; raise data.corpus.parts.a.corpus.validation_share=0.0, or name",
+        "; raise data.corpus.parts.a.corpus.validation_share (now 0.0), or name",
     ),
 ]
 

@@ -375,8 +375,8 @@ def test_too_few_files_to_divide_are_counted_and_the_options_named(tmp_path, bui
         prepare(corpus, BytePairs(9000, None), tmp_path / "cache", pytest.fail, build=build)
     assert str(error.value) == (
         "the validation split of the corpus is empty: it has documents with text: 2 in train, 0 in validation, "
-        "1 in test; raise data.corpus.validation_share=1e-09, or name data.corpus.validation_files=null, "
-        "or give data.corpus.document_start=null"
+        "1 in test; raise data.corpus.validation_share (now 1e-09), or name data.corpus.validation_files (now null), "
+        "or give data.corpus.document_start (now null)"
     )
 
 

@@ -417,7 +417,7 @@ def test_files_too_few_to_divide_are_refused_by_a_dry_run_too(way, tiny, tmp_pat
     status, printed, said = run_here(*words)
     lines = (printed + said).splitlines()
     assert status == 2 and len(lines) == 1 and "the validation split of the corpus is empty" in lines[0]
-    assert "; raise data.corpus.validation_share=0.0" in lines[0]
+    assert "; raise data.corpus.validation_share (now 0.0)" in lines[0]
     assert (tmp_path / "cache").exists() == ("dry_run=true" not in way) and not (tmp_path / "runs").exists()
 
 
