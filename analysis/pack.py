@@ -41,8 +41,9 @@ def pack(runs: Path, out: Path) -> tuple[int, int]:
 
 def kept(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of what stays of a finished run."""
+    runs = f"{folder.resolve().parent}/".encode()  # where it stood: what a run names as another's folder
     for name in WHOLE:
-        yield name, (folder / name).read_bytes()
+        yield name, (folder / name).read_bytes().replace(runs, b"runs/")
     yield "metrics.jsonl", thinned((folder / "metrics.jsonl").read_text()).encode()
     if (folder / "evaluation.safetensors").exists():
         with safe_open(folder / "evaluation.safetensors", "np") as file:

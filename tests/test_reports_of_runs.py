@@ -16,7 +16,7 @@ from conftest import ROOT, compose_config, tiny_words
 
 from analysis.arms import declared, described, load, references, timed_against
 from analysis.behind import read, write
-from analysis.pack import pack, thinned
+from analysis.pack import kept, pack, thinned
 from analysis.published import by_arm, curves, difference, differences, published, routing_curves
 from analysis.report import explained, main, report
 from training.job import FINISHED, run
@@ -125,6 +125,13 @@ def test_runs_brought_home_in_an_archive_give_the_same_tables(runs, tmp_path):
     lines = thinned(text).splitlines()
     assert sum("val/ce" in line for line in lines) == 20 and len(lines) == 70
     assert lines[-1] == text.splitlines()[-1]
+
+
+def test_a_packed_run_names_another_where_that_will_lie(runs, tmp_path):
+    folder = shutil.copytree(next(runs.glob("switch_16-s1-*")), tmp_path / "switch_16-s1-00000003")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("init_from: null", f"init_from: {tmp_path}/dense-s1-00000002"))
+    assert b"init_from: runs/dense-s1-00000002\n" in dict(kept(folder))["config.yaml"]
 
 
 def test_one_of_each_kind_of_bad_run_is_named_and_moves_no_number(runs, tmp_path):
